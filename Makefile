@@ -1,0 +1,32 @@
+# make demo   residual networks through the fused kernels, compared with eager PyTorch: a table and pictures
+# make test   the whole suite
+# Both make .venv on first use; PYTHON chooses the interpreter, ARGS goes to the command.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lens check clean
+
+demo: $(READY)
+	$(BIN)/python -m fusedres demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lens: $(READY)
+	$(BIN)/python bench/lens.py $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "fusedres needs Python 3.10, this is " + sys.version'
+	$(PYTHON) -m venv .venv || { echo "python3 -m venv failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo,test]'
+	@touch $@
+
+clean:
+	rm -rf .venv *.egg-info build dist
