@@ -1,0 +1,23 @@
+"""How a kernel cuts its output into tiles. Plain values: dispatch chooses them, launchers obey, neither needs a GPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """BLOCK_M × BLOCK_N of the output per program; BLOCK_K of a product's depth per step."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """The tiles of one layer's three kernels."""
+
+    forward: Tile
+    dz: Tile
+    dx: Tile

@@ -1,0 +1,120 @@
+"""The residual layer, forward, in one kernel.
+
+    z = x wᵀ + b                    y = λ s + a drop(φ(z))          IS_POST: y = φ(λ s + a drop(z))
+    x [M, K]   w [N, K]   b [N]     s [M, N], one of
+        r                           a tensor: a residual given, or x itself
+        x pᵀ + c                    a projection, p [N, K], c [N]
+    concat:  y [M, S + N] = [λ r, a drop(φ(z))],  r [M, S]; S = 0 otherwise
+    λ a number;  a a number or [N];  drop: stochastic depth by rows
+
+z and the projected s are written when their pointers are given, for backward. Kernels take matrices as a pointer and
+a row stride, the inner stride being 1; w and p have both strides.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..config import Tile
+from ..spec import LayerSpec, Operands
+from .activations import activate
+from .philox import drop_rows
+from .tile import add_bias, branch_scale, load, place, product, scale, store
+
+
+@triton.jit(do_not_specialize=["M", "lam", "a", "seed", "threshold", "keep_scale"])
+def _forward_kernel(
+    y_ptr, stride_ym, z_ptr, s_ptr,
+    x_ptr, stride_xm, w_ptr, stride_wn, stride_wk, b_ptr,
+    r_ptr, stride_rm, p_ptr, stride_pn, stride_pk, c_ptr,
+    lam_ptr, lam, a_ptr, a, seed, threshold, keep_scale,
+    M, N, K, S,
+    ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, IS_CONCAT: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
+    DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    lam = scale(lam_ptr, lam)
+
+    # concat: the programs past the last tile of z copy the skip into the front of y
+    first_copy = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    if IS_CONCAT:
+        if tl.program_id(0) >= first_copy:
+            m, n, in_m, in_n = place(M, S, first_copy, BLOCK_M, BLOCK_N)
+            r = load(r_ptr, stride_rm, m, n, in_m, in_n)
+            store(y_ptr, stride_ym, m, n, in_m, in_n, lam * r)
+            return
+
+    # place: this program owns rows m, columns n of z
+    m, n, in_m, in_n = place(M, N, 0, BLOCK_M, BLOCK_N)
+
+    # accumulate: z, and the projection where there is one
+    z = product(x_ptr, stride_xm, w_ptr, stride_wn, stride_wk, m, n, in_m, in_n, K, BLOCK_K, PRECISION)
+    z = add_bias(z, b_ptr, n, in_n)
+    if z_ptr is not None:
+        store(z_ptr, N, m, n, in_m, in_n, z)
+    if p_ptr is not None:
+        s = product(x_ptr, stride_xm, p_ptr, stride_pn, stride_pk, m, n, in_m, in_n, K, BLOCK_K, PRECISION)
+        s = add_bias(s, c_ptr, n, in_n)
+        if s_ptr is not None:
+            store(s_ptr, N, m, n, in_m, in_n, s)
+
+    # finish: activation, scales, dropped rows and skip on the tile while it is still in registers
+    y = z if IS_POST else activate(z, ACTIVATION)
+    y = branch_scale(a_ptr, a, n, in_n, IS_PER_CHANNEL) * y
+    if DROPS:
+        y = drop_rows(y, m, seed, threshold, keep_scale)
+    if p_ptr is not None:
+        y += lam * s
+    elif r_ptr is not None and not IS_CONCAT:
+        y += lam * load(r_ptr, stride_rm, m, n, in_m, in_n)
+    if IS_POST:
+        y = activate(y, ACTIVATION)
+
+    store(y_ptr + S, stride_ym, m, n, in_m, in_n, y)
+
+
+def forward(
+    operands: Operands, spec: LayerSpec, dtype: torch.dtype, tile: Tile, precision: str, keep_z: bool, keep_skip: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, S + N] of type dtype, and z, s [M, N] of x's type where kept; operands are matrices, x [M, K]."""
+    x, w, b, _, p, c, lam, a, seed = operands
+    (M, K), N = x.shape, w.shape[0]
+    x, r = rows(x), skip_tensor(operands, spec)
+    b, c, a = vector(b), vector(c), vector(a)
+    S = r.shape[1] if spec.skip == "concat" else 0
+
+    y = x.new_empty(M, S + N, dtype=dtype)
+    z = x.new_empty(M, N) if keep_z else None
+    s = x.new_empty(M, N) if keep_skip else None
+    tiles = triton.cdiv(M, tile.BLOCK_M) * (triton.cdiv(N, tile.BLOCK_N) + triton.cdiv(S, tile.BLOCK_N))
+    _forward_kernel[(tiles,)](
+        y, S + N, z, s,
+        x, x.stride(0), w, *w.stride(), b,
+        r, 0 if r is None else r.stride(0), p, *((0, 0) if p is None else p.stride()), c,
+        lam, spec.skip_scale, a, spec.branch_scale,
+        0 if seed is None else int(seed), spec.drop_threshold, spec.keep_scale,
+        M, N, K, S,
+        ACTIVATION=spec.activation, IS_POST=spec.order == "post", IS_CONCAT=spec.skip == "concat",
+        IS_PER_CHANNEL=a is not None and a.dim() == 1, DROPS=spec.drop_path > 0, PRECISION=precision,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y, z, s
+
+
+def rows(matrix: Tensor) -> Tensor:
+    """The matrix with unit inner stride: itself where it has one (slices, expanded rows), else one dense copy."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def vector(values: Tensor | None) -> Tensor | None:
+    """A bias or a scale per channel, with unit stride."""
+    return None if values is None else values.contiguous()
+
+
+def skip_tensor(operands: Operands, spec: LayerSpec) -> Tensor | None:
+    """The skip where it is a tensor in memory: the residual, or x itself; None for a projection and for no skip."""
+    if spec.skip in ("none", "projection"):
+        return None
+    return rows(operands.x if operands.residual is None else operands.residual)

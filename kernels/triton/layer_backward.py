@@ -1,0 +1,274 @@
+"""The residual layer, backward: dz with every sum over rows in one kernel, dx in another, and plain products.
+
+    dz = drop(a g φ'(z))        ds = λ g        IS_POST: first g ← g φ'(λ s + a drop(z)), and φ' = 1 after that
+    db = Σ dz    da = Σ drop(g) φ(z)    dλ = Σ g s    dc = Σ ds         sums over rows, per column
+    dx = dz w + ds  (identity),  dz w + ds p  (projection)
+    dw = dzᵀ x      dp = dsᵀ x
+    g, y [M, S + N]   z, dz [M, N]   s, ds [M, N], with concat [M, S]   the rest as in layer.py
+
+The sums leave the kernel as one row per row tile, [tiles of M, S + N] in fp32, and are added in that order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..config import Tile, Tiles
+from ..spec import Gradients, LayerSpec, Operands, Wanted
+from .activations import activate, slope
+from .layer import rows, skip_tensor, vector
+from .philox import drop_rows
+from .tile import add_bias, branch_scale, load, place, product, row_tile, scale, store
+
+
+@triton.jit
+def _store_sum(ptr, tile, columns, n, in_n, value):
+    """One row of partial sums, that of this row tile: its rows added up, at the columns n."""
+    tl.store(ptr + tile * columns + n, tl.sum(value, axis=0), mask=in_n)
+
+
+@triton.jit(do_not_specialize=["M", "lam", "a", "seed", "threshold", "keep_scale"])
+def _dz_kernel(
+    dz_ptr, ds_ptr, db_ptr, da_ptr, dlam_ptr, dc_ptr,
+    g_ptr, stride_gm, z_ptr, s_ptr,
+    x_ptr, stride_xm, w_ptr, stride_wn, stride_wk, b_ptr,
+    r_ptr, stride_rm, p_ptr, stride_pn, stride_pk, c_ptr,
+    lam_ptr, lam, a_ptr, a, seed, threshold, keep_scale,
+    M, N, K, S,
+    ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, IS_CONCAT: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
+    DROPS: tl.constexpr, PRECISION: tl.constexpr, NEEDS_Z: tl.constexpr, NEEDS_SKIP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    lam = scale(lam_ptr, lam)
+
+    # concat with a learned λ: the programs past the last tile of z sum over the front of g
+    first_copy = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    if IS_CONCAT and dlam_ptr is not None:
+        if tl.program_id(0) >= first_copy:
+            m, n, in_m, in_n = place(M, S, first_copy, BLOCK_M, BLOCK_N)
+            g = load(g_ptr, stride_gm, m, n, in_m, in_n)
+            r = load(r_ptr, stride_rm, m, n, in_m, in_n)
+            _store_sum(dlam_ptr, row_tile(S, first_copy, BLOCK_N), S + N, n, in_n, g * r)
+            return
+
+    # place: this program owns rows m, columns n of z
+    m, n, in_m, in_n = place(M, N, 0, BLOCK_M, BLOCK_N)
+    g = load(g_ptr + S, stride_gm, m, n, in_m, in_n)
+    a = branch_scale(a_ptr, a, n, in_n, IS_PER_CHANNEL)
+    tile = row_tile(N, 0, BLOCK_N)
+
+    # recall: z and the skip, from memory where kept, else computed again
+    if NEEDS_Z:
+        if z_ptr is not None:
+            z = load(z_ptr, N, m, n, in_m, in_n)
+        else:
+            z = product(x_ptr, stride_xm, w_ptr, stride_wn, stride_wk, m, n, in_m, in_n, K, BLOCK_K, PRECISION)
+            z = add_bias(z, b_ptr, n, in_n)
+    if NEEDS_SKIP:
+        if p_ptr is None:
+            s = load(r_ptr, stride_rm, m, n, in_m, in_n)
+        elif s_ptr is not None:
+            s = load(s_ptr, N, m, n, in_m, in_n)
+        else:
+            s = product(x_ptr, stride_xm, p_ptr, stride_pn, stride_pk, m, n, in_m, in_n, K, BLOCK_K, PRECISION)
+            s = add_bias(s, c_ptr, n, in_n)
+
+    # post: through the activation first, so that g is the gradient of the sum in either order
+    if IS_POST and NEEDS_Z:
+        v = a * z
+        if DROPS:
+            v = drop_rows(v, m, seed, threshold, keep_scale)
+        if NEEDS_SKIP:
+            v += lam * s
+        g *= slope(v, ACTIVATION)
+
+    # skip: its gradient and the sums that belong to it
+    if ds_ptr is not None:
+        store(ds_ptr, N, m, n, in_m, in_n, lam * g)
+    if dc_ptr is not None:
+        _store_sum(dc_ptr, tile, S + N, S + n, in_n, lam * g)
+    if dlam_ptr is not None and not IS_CONCAT:
+        _store_sum(dlam_ptr, tile, S + N, S + n, in_n, g * s)
+
+    # branch: dz and the sums that belong to it
+    if DROPS:
+        g = drop_rows(g, m, seed, threshold, keep_scale)
+    if da_ptr is not None:
+        _store_sum(da_ptr, tile, S + N, S + n, in_n, g * (z if IS_POST else activate(z, ACTIVATION)))
+    dz = a * g
+    if NEEDS_Z and not IS_POST:
+        dz *= slope(z, ACTIVATION)
+    store(dz_ptr, N, m, n, in_m, in_n, dz)
+    if db_ptr is not None:
+        _store_sum(db_ptr, tile, S + N, S + n, in_n, dz)
+
+
+@triton.jit(do_not_specialize=["M", "lam"])
+def _dx_kernel(
+    dx_ptr, dz_ptr, w_ptr, stride_wn, stride_wk, ds_ptr, stride_dsm, p_ptr, stride_pn, stride_pk, lam_ptr, lam,
+    M, N, K,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # place: this program owns rows m, columns k of dx; its products run over n
+    m, k, in_m, in_k = place(M, K, 0, BLOCK_M, BLOCK_N)
+
+    # accumulate: through the branch, then through the skip
+    dx = product(dz_ptr, N, w_ptr, stride_wk, stride_wn, m, k, in_m, in_k, N, BLOCK_K, PRECISION)
+    if p_ptr is not None:
+        ds = product(ds_ptr, stride_dsm, p_ptr, stride_pk, stride_pn, m, k, in_m, in_k, N, BLOCK_K, PRECISION)
+        dx += scale(lam_ptr, lam) * ds
+    elif ds_ptr is not None:
+        dx += scale(lam_ptr, lam) * load(ds_ptr, stride_dsm, m, k, in_m, in_k)
+
+    store(dx_ptr, K, m, k, in_m, in_k, dx)
+
+
+def backward(
+    g: Tensor,
+    operands: Operands,
+    z: Tensor | None,
+    s: Tensor | None,
+    spec: LayerSpec,
+    wanted: Wanted,
+    tiles: Tiles,
+    precision: str,
+) -> Gradients:
+    """The wanted gradients; g [M, S + N] of any strides, operands as matrices, z and s [M, N] where kept."""
+    x, weight, bias, residual, p, c, lam, a, _ = operands
+    g, x = rows(g), rows(x)
+    N = weight.shape[0]
+    S = g.shape[1] - N
+    dz, ds, sums = _dz(g, operands._replace(x=x), z, s, spec, wanted, tiles.dz, precision)
+
+    # the skip's gradient is lam · ds: what the kernel wrote has λ in it already
+    if ds is None:
+        ds, fixed = (g[:, :S] if spec.skip == "concat" else g), spec.skip_scale
+    else:
+        lam, fixed = None, 1.0
+
+    reaches_x = spec.skip in ("identity", "projection") or (spec.skip == "concat" and residual is None)
+    dx = _dx(dz, weight, ds if reaches_x else None, p, lam, fixed, tiles.dx, precision) if wanted.x else None
+    dresidual = _scaled(ds, lam, fixed).to(residual.dtype) if wanted.residual else None
+    dp = _scaled(product_over_rows(ds, x), lam, fixed) if wanted.projection_weight else None
+    return Gradients(
+        x=dx,
+        weight=product_over_rows(dz, x).to(weight.dtype) if wanted.weight else None,
+        bias=sums["bias"].to(bias.dtype) if wanted.bias else None,
+        residual=dresidual,
+        projection_weight=dp.to(p.dtype) if wanted.projection_weight else None,
+        projection_bias=sums["projection_bias"].to(c.dtype) if wanted.projection_bias else None,
+        skip_scale=sums["skip_scale"].sum().to(operands.skip_scale.dtype) if wanted.skip_scale else None,
+        branch_scale=sums["branch_scale"].sum_to_size(a.shape).to(a.dtype) if wanted.branch_scale else None,
+    )
+
+
+def _dz(
+    g: Tensor,
+    operands: Operands,
+    z: Tensor | None,
+    s: Tensor | None,
+    spec: LayerSpec,
+    wanted: Wanted,
+    tile: Tile,
+    precision: str,
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """dz [M, N]; ds [M, N] where it differs from g by more than λ in its type; the wanted column sums, in fp32."""
+    x, w, b, residual, p, c, lam, a, seed = operands
+    (M, K), N = x.shape, w.shape[0]
+    S = g.shape[1] - N
+    is_post, is_concat = spec.order == "post", spec.skip == "concat"
+    sums_skip = is_concat and wanted.skip_scale
+    r = skip_tensor(operands, spec) if sums_skip or needs_skip(spec, wanted.skip_scale) else None
+    b, c, a = vector(b), vector(c), vector(a)
+
+    dz = x.new_empty(M, N)
+    ds = None
+    if _writes_ds(g, operands, spec, wanted):
+        ds = x.new_empty(M, N, dtype=x.dtype if residual is None else residual.dtype)
+
+    names = [name for name in ("bias", "branch_scale", "skip_scale", "projection_bias") if getattr(wanted, name)]
+    partial = x.new_empty(len(names), triton.cdiv(M, tile.BLOCK_M), S + N, dtype=torch.float32)
+    into = dict(zip(names, partial.unbind(), strict=True))
+
+    copies = S if sums_skip else 0
+    programs = triton.cdiv(M, tile.BLOCK_M) * (triton.cdiv(N, tile.BLOCK_N) + triton.cdiv(copies, tile.BLOCK_N))
+    _dz_kernel[(programs,)](
+        dz, ds, into.get("bias"), into.get("branch_scale"), into.get("skip_scale"), into.get("projection_bias"),
+        g, g.stride(0), z, s,
+        x, x.stride(0), w, *w.stride(), b,
+        r, 0 if r is None else r.stride(0), p, *((0, 0) if p is None else p.stride()), c,
+        lam, spec.skip_scale, a, spec.branch_scale,
+        0 if seed is None else int(seed), spec.drop_threshold, spec.keep_scale,
+        M, N, K, S,
+        ACTIVATION=spec.activation, IS_POST=is_post, IS_CONCAT=is_concat,
+        IS_PER_CHANNEL=a is not None and a.dim() == 1, DROPS=spec.drop_path > 0, PRECISION=precision,
+        NEEDS_Z=spec.activation != "none" or wanted.branch_scale,
+        NEEDS_SKIP=needs_skip(spec, wanted.skip_scale),
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+    sums = dict(zip(names, partial.sum(1).unbind(), strict=True))
+    return (
+        dz,
+        ds,
+        {name: total[:S] if is_concat and name == "skip_scale" else total[S:] for name, total in sums.items()},
+    )
+
+
+def needs_skip(spec: LayerSpec, wants_skip_scale: bool) -> bool:
+    """Whether the dz kernel reads s: for φ' behind the addition, or for dλ (with concat, other programs do that)."""
+    if spec.skip in ("none", "concat"):
+        return False
+    return wants_skip_scale or (spec.order == "post" and spec.activation != "none")
+
+
+def _writes_ds(g: Tensor, operands: Operands, spec: LayerSpec, wanted: Wanted) -> bool:
+    """Whether ds is more than λ g: behind an activation, scaled into a residual's gradient, or of another type."""
+    if spec.skip in ("none", "concat"):
+        return False
+    wants = wanted.residual if spec.skip == "residual" else wanted.x or wanted.projection_weight
+    if spec.skip == "residual":
+        differs = operands.skip_scale is not None or spec.skip_scale != 1.0
+    else:
+        differs = spec.skip == "projection" and g.dtype != operands.x.dtype
+    return wants and (differs or (spec.order == "post" and spec.activation != "none"))
+
+
+def _dx(
+    dz: Tensor,
+    w: Tensor,
+    ds: Tensor | None,
+    p: Tensor | None,
+    lam: Tensor | None,
+    fixed: float,
+    tile: Tile,
+    precision: str,
+) -> Tensor:
+    """dx [M, K] = dz w + λ ds, or dz w + λ ds p."""
+    (M, N), K = dz.shape, w.shape[1]
+    dx = dz.new_empty(M, K)
+    _dx_kernel[(triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(K, tile.BLOCK_N),)](
+        dx, dz, w, *w.stride(), ds, 0 if ds is None else ds.stride(0), p, *((0, 0) if p is None else p.stride()),
+        lam, fixed,
+        M, N, K,
+        PRECISION=precision, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return dx
+
+
+def product_over_rows(dz: Tensor, x: Tensor) -> Tensor:
+    """dzᵀ x [N, K] in fp32: a plain product, so the vendor's library does it, accumulating and returning fp32."""
+    if dz.dtype == torch.float32:
+        return dz.t() @ x
+    if dz.is_cuda:
+        return torch.mm(dz.t(), x, out_dtype=torch.float32)
+    return dz.float().t() @ x.float()
+
+
+def _scaled(value: Tensor, learned: Tensor | None, fixed: float) -> Tensor:
+    if learned is not None:
+        return value * learned
+    return value if fixed == 1.0 else value * fixed
