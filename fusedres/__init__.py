@@ -1,0 +1,22 @@
+"""Residual layers y = λ s(x) + a φ(x Wᵀ + b), fused forward and backward, and how gradient reaches them."""
+
+from . import functional, reference
+from .dispatch import batch_invariant, eager
+from .explanation import explain
+from .gradients import GradientComparison, GradientProfile, compare_gradients, gradient_profile
+from .modules import FusedResidualLinear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedResidualLinear",
+    "GradientComparison",
+    "GradientProfile",
+    "batch_invariant",
+    "compare_gradients",
+    "eager",
+    "explain",
+    "functional",
+    "gradient_profile",
+    "reference",
+]

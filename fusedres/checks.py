@@ -1,0 +1,250 @@
+"""Every error a caller can make, in the caller's words: what was expected, from where, and what came."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.spec import ACTIVATIONS, LayerSpec, Operands
+
+ACTIVATION_NAMES = tuple(name for name in ACTIVATIONS if name != "gelu_tanh")
+SKIPS = ("auto", "identity", "projection", "concat", None)
+
+
+def described(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    approximate: str = "none",
+    order: str = "pre",
+    skip: str | None = "auto",
+    skip_scale: float | Tensor = 1.0,
+    branch_scale: float | Tensor = 1.0,
+    projection_weight: Tensor | None = None,
+    projection_bias: Tensor | None = None,
+    drop_path: float = 0.0,
+    training: bool = True,
+    recompute: bool = False,
+    batch_invariant: bool = False,
+    is_autocast: bool = False,
+) -> tuple[Operands, LayerSpec]:
+    """A call's arguments as checked values; a tensor for a scale is a learned one. The seed is drawn by the caller."""
+    matrices(x, weight)
+    kind = resolve_skip(skip, weight.shape[1], weight.shape[0], residual is not None, projection_weight is not None)
+    learned_skip_scale = skip_scale if isinstance(skip_scale, Tensor) else None
+    learned_branch_scale = branch_scale if isinstance(branch_scale, Tensor) else None
+    spec = layer_spec(
+        activation,
+        approximate,
+        order,
+        kind,
+        skip_scale if learned_skip_scale is None else 1.0,
+        branch_scale if learned_branch_scale is None else 1.0,
+        drop_path,
+        recompute,
+        training,
+        batch_invariant,
+    )
+    given = Operands(
+        x,
+        weight,
+        bias,
+        residual,
+        projection_weight,
+        projection_bias,
+        learned_skip_scale,
+        learned_branch_scale,
+    )
+    operands(given, spec, is_autocast)
+    return given, spec
+
+
+def layer_spec(*options: Any) -> LayerSpec:
+    """The validated options, in the order of `_validated`. `skip` is what `resolve_skip` returned.
+
+    Raises:
+        TypeError: drop_path, or a scale, is not a number.
+        ValueError: an option is unknown, out of range, or makes no sense with another.
+    """
+    if not torch.compiler.is_compiling():  # it would trace through the cache, and warn of it
+        try:
+            return _remembered(*options)
+        except TypeError:  # an option is wrong, or cannot be remembered: validate it again, for an error about itself
+            pass
+    return _validated(*options)
+
+
+def _validated(
+    activation: str,
+    approximate: str,
+    order: str,
+    skip: str | None,
+    skip_scale: float,
+    branch_scale: float,
+    drop_path: float,
+    recompute: bool,
+    training: bool,
+    batch_invariant: bool,
+) -> LayerSpec:
+    if activation not in ACTIVATION_NAMES:
+        raise ValueError(f"activation must be one of {_list(ACTIVATION_NAMES)}, got {activation!r}")
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
+    if approximate == "tanh" and activation != "gelu":
+        raise ValueError(f"approximate='tanh' is an approximation of gelu, got activation={activation!r}")
+    if order not in ("pre", "post"):
+        raise ValueError(f"order must be 'pre' or 'post', got {order!r}")
+    if order == "post" and skip == "concat":
+        raise ValueError("order='post' activates a sum of skip and branch, and skip='concat' has none; use order='pre'")
+    _check_drop_path(drop_path)
+    if drop_path > 0 and skip == "none":
+        raise ValueError(
+            f"drop_path={drop_path} needs a skip: without one a dropped row would be lost; "
+            "give the layer a skip, or drop_path=0"
+        )
+    return LayerSpec(
+        activation="gelu_tanh" if approximate == "tanh" else activation,
+        order=order,
+        skip=skip,
+        skip_scale=_number("skip_scale", skip_scale),
+        branch_scale=_number("branch_scale", branch_scale),
+        drop_path=float(drop_path) if training else 0.0,
+        recompute=bool(recompute),
+        batch_invariant=batch_invariant,
+    )
+
+
+_remembered = lru_cache(maxsize=1024, typed=True)(_validated)  # typed: True equals 1.0, and is not a number here
+
+
+def _check_drop_path(drop_path: float) -> None:
+    if not 0 <= _number("drop_path", drop_path) < 1:
+        raise ValueError(f"drop_path must be a probability in [0, 1), got {drop_path}")
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def resolve_skip(
+    skip: str | None, in_features: int, out_features: int, has_residual: bool, has_projection: bool
+) -> str:
+    """What `skip` means for these sizes and operands: none, identity, residual, projection or concat.
+
+    Raises:
+        ValueError: skip is unknown, asks for equal sizes that differ, or for operands other than those given.
+    """
+    if skip not in SKIPS:
+        raise ValueError(f"skip must be one of {_list(SKIPS)}, got {skip!r}")
+    if has_projection and (has_residual or skip not in ("auto", "projection")):
+        other = "a residual" if has_residual else f"skip={skip!r}"
+        raise ValueError(f"projection_weight is the skip of skip='projection' and cannot go with {other}")
+    if has_residual and skip not in ("auto", "concat"):
+        raise ValueError(f"residual is itself the skip: leave skip='auto' (or 'concat'), got skip={skip!r}")
+    if skip == "projection" and not has_projection:
+        raise ValueError("skip='projection' needs projection_weight [out_features, in_features], got None")
+    if skip == "identity" and in_features != out_features:
+        raise ValueError(
+            f"skip='identity' adds the input to the output, so in_features and out_features must agree, "
+            f"got {in_features} and {out_features}; use skip='projection', or skip='auto' for no skip here"
+        )
+    if skip == "auto":
+        if has_residual:
+            return "residual"
+        if has_projection:
+            return "projection"
+        return "identity" if in_features == out_features else "none"
+    return skip or "none"
+
+
+def matrices(x: Tensor, weight: Tensor) -> None:
+    """x [..., K] and weight [N, K], floating point.
+
+    Raises:
+        TypeError: one is not a floating-point tensor.
+        ValueError: a shape does not fit.
+    """
+    for name, value in (("x", x), ("weight", weight)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be of a floating-point dtype, got {value.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got shape {list(weight.shape)}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be [..., {weight.shape[1]}], the in_features of weight {list(weight.shape)}, "
+            f"got shape {list(x.shape)}"
+        )
+
+
+def operands(given: Operands, spec: LayerSpec, is_autocast: bool) -> None:
+    """Everything beside x: shapes, devices and dtypes. Autocast casts the products' operands, so it admits any dtype.
+
+    Raises:
+        TypeError: an operand is no tensor, or of another dtype than x.
+        ValueError: a shape or a device does not fit, or a scale or bias belongs to a skip that is not there.
+    """
+    x, weight, bias, residual, projection_weight, projection_bias, skip_scale, branch_scale, _ = given
+    N, K = weight.shape
+    _tensor("weight", weight, [N, K], "", x, is_autocast)
+    if bias is not None:
+        _tensor("bias", bias, [N], "one per output feature", x, is_autocast)
+    if residual is not None:
+        is_free = spec.skip == "concat" and isinstance(residual, Tensor) and residual.dim() > 0
+        width = residual.shape[-1] if is_free else N
+        what = "the leading shape of x" if spec.skip == "concat" else "the shape of the output"
+        _tensor("residual", residual, [*x.shape[:-1], width], what, x, is_autocast)
+    if projection_weight is not None:
+        _tensor("projection_weight", projection_weight, [N, K], "the shape of weight", x, is_autocast)
+    if projection_bias is not None:
+        if projection_weight is None:
+            raise ValueError("projection_bias needs projection_weight, got None")
+        _tensor("projection_bias", projection_bias, [N], "one per output feature", x, is_autocast)
+    if skip_scale is not None:
+        has_skip_to_scale(spec.skip)
+        _tensor("skip_scale", skip_scale, [], "a learned scalar", x, is_autocast)
+    if branch_scale is not None:
+        shape = list(branch_scale.shape)
+        if shape not in ([], [N]):
+            raise ValueError(
+                f"branch_scale must be [], one for all, or [{N}], one per output feature, got shape {shape}"
+            )
+        _tensor("branch_scale", branch_scale, shape, "", x, is_autocast)
+
+
+def _tensor(name: str, value: Tensor, shape: list[int], what: str, x: Tensor, any_dtype: bool) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if list(value.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, {what}, got shape {list(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on {x.device}, where x is, got {value.device}")
+    if value.dtype != x.dtype and not (any_dtype and value.is_floating_point()):
+        raise TypeError(f"{name} must be {x.dtype}, the dtype of x, got {value.dtype}")
+
+
+def has_skip_to_scale(skip: str) -> None:
+    """Raises ValueError where a learned skip scale would have no skip to scale, hence no gradient."""
+    if skip == "none":
+        raise ValueError("a learned skip_scale needs a skip, and this layer has none (sizes differ, or skip=None)")
+
+
+def learned_scales(learn_skip_scale: bool, learn_branch_scale: bool | str) -> None:
+    """Raises ValueError for anything but a bool, and False, "scalar" or "channel"."""
+    if not isinstance(learn_skip_scale, bool):
+        raise ValueError(f"learn_skip_scale must be True or False, got {learn_skip_scale!r}")
+    if learn_branch_scale is not False and learn_branch_scale not in ("scalar", "channel"):
+        raise ValueError(f"learn_branch_scale must be False, 'scalar' or 'channel', got {learn_branch_scale!r}")
+
+
+def _list(values: tuple[str | None, ...]) -> str:
+    return ", ".join(map(repr, values))

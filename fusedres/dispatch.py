@@ -1,0 +1,199 @@
+"""Which backend runs a call, and with which tiles: functions of plain facts, each answer with its reason.
+
+Nothing here depends on the number of rows but one coarse class (at most SKINNY rows, or more), so that a row's bits
+do not depend on the batch around it within a class, and no new batch size compiles anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+
+from .kernels.config import Tile, Tiles
+from .kernels.spec import LayerSpec, Operands
+
+SKINNY = 64  # rows, up to which a layer reads its weights rather than its rows
+
+# Private to torch, they tell how a call arrived. A torch without one gets the answer that is right for every call.
+transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+modes_in_force = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
+@dataclass(frozen=True)
+class Eager:
+    """The reference formula in PyTorch's own operations."""
+
+    because: str
+
+
+@dataclass(frozen=True)
+class Triton:
+    """The fused kernels, compiled for a GPU or run by Triton's interpreter."""
+
+    because: str
+    target: str  # cuda, hip, or interpreter
+
+
+class _Switches:
+    force_eager = False
+    batch_invariant = False
+
+
+def choose(device: torch.device, dtype: torch.dtype, is_empty: bool) -> Eager | Triton:
+    """The backend for operands on this device, computing in this dtype."""
+    if _Switches.force_eager:
+        return Eager("fusedres.eager() is in force")
+    if is_empty:
+        return Eager("an empty tensor leaves a kernel nothing to do")
+    if transforms_are_active():
+        if torch.compiler.is_compiling():
+            return Eager("torch.compile traces torch.func's transforms through PyTorch's own operations")
+        if _is_inside_vmap():
+            return Eager("torch.vmap may batch any operand, and the kernels take a batch of rows alone")
+    return backend(device, dtype)
+
+
+def backend(device: torch.device, dtype: torch.dtype) -> Eager | Triton:
+    """What this device has for this dtype, whatever switches and transforms are in force."""
+    return _constant_backend(device.type, device.index, dtype)
+
+
+def _is_inside_vmap() -> bool:
+    try:
+        from torch._C._functorch import TransformType, get_interpreter_stack
+    except ImportError:
+        return True
+    return any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ())
+
+
+def _constant_backend(device_type: str, index: int | None, dtype: torch.dtype) -> Eager | Triton:
+    return _backend(device_type, index, dtype, os.environ.get("TRITON_INTERPRET") == "1")
+
+
+# torch.compile is to call it, not to trace it, and finds the mark on a plain function only, not on a cached one.
+# torch.compiler.assume_constant_result sets it too, but imports torch._dynamo, and so triton, for a second.
+_constant_backend._dynamo_marked_constant = True
+
+
+@lru_cache(maxsize=256)
+def _backend(device_type: str, index: int | None, dtype: torch.dtype, is_interpreted: bool) -> Eager | Triton:
+    if device_type not in ("cuda", "cpu"):
+        return Eager(f"there are no kernels for {device_type} devices")
+    if device_type == "cpu" and not is_interpreted:
+        return Eager("x is on the CPU, where only Triton's interpreter could run the kernels (TRITON_INTERPRET=1)")
+    if find_spec("triton") is None:
+        return Eager("triton is not installed")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return Eager(f"the kernels accumulate in float32, which is less than {dtype} asks for")
+    if is_interpreted:
+        if dtype == torch.bfloat16:
+            return Eager("Triton's interpreter computes bfloat16 products wrongly")
+        return Triton("TRITON_INTERPRET=1: the kernels run in Triton's interpreter", "interpreter")
+    if torch.version.hip:
+        return Triton(f"{torch.cuda.get_device_name(index)} runs the kernels", "hip")
+    if (capability := torch.cuda.get_device_capability(index)) < (8, 0):
+        return Eager(f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
+    return Triton(f"{torch.cuda.get_device_name(index)} runs the kernels", "cuda")
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 products multiply: ieee, or tf32 where torch.set_float32_matmul_precision allows it."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
+
+
+def layer_tiles(operands: Operands, spec: LayerSpec, dtype: torch.dtype, target: str) -> Tiles:
+    """The tiles of a layer x [..., K] -> [..., N] computing in dtype."""
+    N, K = operands.weight.shape
+    M = operands.x.numel() // K
+    is_skinny = M <= SKINNY and not spec.batch_invariant
+    return _tiles(N, K, dtype, precision(dtype), spec.skip == "projection", is_skinny, target)
+
+
+@lru_cache(maxsize=4096)
+def _tiles(
+    N: int, K: int, dtype: torch.dtype, precision: str, has_projection: bool, is_skinny: bool, target: str
+) -> Tiles:
+    is_exact_fp32 = dtype == torch.float32 and precision == "ieee"
+    is_ragged = N % 16 != 0 or K % 16 != 0
+
+    def tile(columns: int, depth: int, holds_two: bool) -> Tile:
+        shape = _SKINNY_SHAPE if is_skinny else _SHAPES[is_exact_fp32, is_ragged, holds_two]
+        block_n, block_k = _power_of_two(columns, 16, shape.columns), _power_of_two(depth, 16, shape.depth)
+        if dtype.itemsize == 2 and not is_ragged:
+            block_k = _power_of_two(depth, 16, 2 * shape.depth)
+        return Tile(shape.rows, block_n, block_k, shape.warps, 2 if target == "hip" else 3)
+
+    return Tiles(
+        forward=tile(N, K, has_projection),
+        dz=tile(N, K, True),  # g, z and s at once: as much as a projection's two products
+        dx=tile(K, N, has_projection),
+    )
+
+
+class _Shape(NamedTuple):
+    """The largest tile, in 4-byte elements along the depth."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+
+
+# A stated heuristic, until tiles are measured on a GPU: the largest tiles that do not spill (`python bench/lens.py`).
+# fp32 without tf32 has no matrix unit and holds its operands in registers too; sizes that are no multiple of 16 load
+# element by element, with an address each (128 x 128 x 64 would spill 512 bytes on sm_90).
+_SKINNY_SHAPE = _Shape(16, 64, 32, 4)
+_SHAPES = {  # (is_exact_fp32, is_ragged, holds_two)
+    (False, False, False): _Shape(128, 128, 32, 8),
+    (False, False, True): _Shape(128, 64, 32, 8),
+    (False, True, False): _Shape(128, 64, 32, 8),
+    (False, True, True): _Shape(64, 64, 32, 8),
+    (True, False, False): _Shape(64, 64, 16, 4),
+    (True, False, True): _Shape(64, 64, 16, 8),
+    (True, True, False): _Shape(64, 64, 16, 8),
+    (True, True, True): _Shape(64, 32, 16, 8),
+}
+
+
+def _power_of_two(size: int, smallest: int, largest: int) -> int:
+    return min(largest, max(smallest, 1 << (size - 1).bit_length()))
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Within it every call takes the reference formula, in PyTorch's own operations."""
+    with _switched("force_eager"):
+        yield
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Within it a row's bits do not depend on the batch around it, at any batch size: one tile class for all.
+
+    Holds for the fused kernels; eager PyTorch makes no such promise.
+    """
+    with _switched("batch_invariant"):
+        yield
+
+
+def is_batch_invariant() -> bool:
+    return _Switches.batch_invariant
+
+
+@contextmanager
+def _switched(name: str) -> Iterator[None]:
+    before = getattr(_Switches, name)
+    setattr(_Switches, name, True)
+    try:
+        yield
+    finally:
+        setattr(_Switches, name, before)

@@ -1,0 +1,421 @@
+"""The fused layer as PyTorch operators, with fakes and gradients; the only caller of launchers.
+
+Three ways in, from cheap to general (measured: `python bench/overhead.py`):
+    a plain autograd.Function      eager mode
+    a setup_context Function       inside torch.func transforms
+    fusedres::residual_linear      compiling, exporting, under a dispatch mode, for tensor subclasses
+Double backward differentiates the reference from the layer's inputs: a kept z is a constant to autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch, philox, reference
+from .kernels.spec import Gradients, LayerSpec, Operands, Wanted
+
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
+
+N_OPERANDS = len(Operands._fields)
+N_SPEC = len(LayerSpec._fields)
+
+_OPERANDS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? projection_weight, Tensor? projection_bias, "
+    "Tensor? skip_scale, Tensor? branch_scale, Tensor? seed"
+)
+_SPEC = (
+    "str activation, str order, str skip, float skip_number, float branch_number, float drop_path, bool recompute, "
+    "bool batch_invariant"
+)
+_LIBRARY = torch.library.Library("fusedres", "DEF")
+_LIBRARY.define(
+    f"residual_linear({_OPERANDS}, {_SPEC}, bool keep) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_LIBRARY.define(
+    f"residual_linear_backward(Tensor g, Tensor z, Tensor s, {_OPERANDS}, {_SPEC}, bool[] wanted)"
+    f" -> ({', '.join(['Tensor'] * len(Gradients._fields))})",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define("draw_seed() -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))
+
+
+# ---------------------------------------------------------------------------------------------- calling
+
+
+def residual_linear(operands: Operands, spec: LayerSpec) -> Tensor:
+    """y of a layer whose operands are checked and cast, by the cheapest way in that this call allows."""
+    if dispatch.transforms_are_active():
+        return _TransformableLayer.apply(spec, *operands)[0]
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    if torch.compiler.is_compiling() or _needs_operator(operands):
+        return torch.ops.fusedres.residual_linear(*operands, *spec, needs_grad)[0]
+    if needs_grad:
+        return _Layer.apply(spec, *operands)
+    return _forward(operands, spec, keep=False)[0]
+
+
+def _needs_operator(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether somebody else is to see the call: a dispatch mode, or a tensor subclass."""
+    if dispatch.modes_in_force() > 0:
+        return True
+    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+
+
+def draw_seed() -> Tensor:
+    """A seed for one call; an operator while compiling, so that compiled code draws what eager code would."""
+    # torch.vmap knows how to batch randint, and does not know the operator
+    needs_operator = torch.compiler.is_compiling() and not dispatch.transforms_are_active()
+    return torch.ops.fusedres.draw_seed() if needs_operator else philox.draw_seed()
+
+
+# ---------------------------------------------------------------------------------------------- launching
+
+
+def _forward(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [..., C]; z and s [M, N] where keep and backward will read them, else None."""
+    from .kernels.triton import layer
+
+    x = operands.x
+    target = _target(x)
+    _refuse_capture(operands, spec)
+    with torch.cuda.device_of(x):
+        y, z, s = layer.forward(
+            _as_matrices(operands),
+            spec,
+            _output_dtype(operands),
+            dispatch.layer_tiles(operands, spec, x.dtype, target).forward,
+            dispatch.precision(x.dtype),
+            *_kept(operands, spec, keep),
+        )
+    # in place, since autograd forbids changing a Function's output in place where it is a view
+    return y.resize_(*x.shape[:-1], y.shape[1]), z, s
+
+
+def _backward(
+    g: Tensor, operands: Operands, z: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
+) -> Gradients:
+    from .kernels.triton import layer_backward
+
+    x, residual = operands.x, operands.residual
+    target = _target(x)
+    with torch.cuda.device_of(x):
+        gradients = layer_backward.backward(
+            g.reshape(-1, g.shape[-1]),
+            _as_matrices(operands),
+            z,
+            s,
+            spec,
+            wanted,
+            dispatch.layer_tiles(operands, spec, x.dtype, target),
+            dispatch.precision(x.dtype),
+        )
+    return gradients._replace(
+        x=None if gradients.x is None else gradients.x.reshape(x.shape),
+        residual=None if gradients.residual is None else gradients.residual.reshape(residual.shape),
+    )
+
+
+def _refuse_capture(operands: Operands, spec: LayerSpec) -> None:
+    """Raises RuntimeError where a CUDA graph would record one seed, hence drop the same rows at every replay."""
+    if spec.drop_path > 0 and operands.x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("drop_path cannot be captured in a CUDA graph: every replay would drop the same rows")
+
+
+def _as_matrices(operands: Operands) -> Operands:
+    x, residual = operands.x, operands.residual
+    return operands._replace(
+        x=x.reshape(-1, x.shape[-1]),
+        residual=None if residual is None else residual.reshape(-1, residual.shape[-1]),
+    )
+
+
+def _kept(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[bool, bool]:
+    """Whether forward writes z, and a projected skip: where backward reads them and the caller chose keeping."""
+    keep = keep and not spec.recompute
+    keeps_z = keep and (spec.activation != "none" or operands.branch_scale is not None)
+    is_read = operands.skip_scale is not None or (spec.order == "post" and spec.activation != "none")
+    return keeps_z, keep and spec.skip == "projection" and is_read
+
+
+def _output_dtype(operands: Operands) -> torch.dtype:
+    """What eager's sum promotes to: autocast alone makes the skip, or a branch scale per channel, differ from x."""
+    dtype = operands.x.dtype
+    if operands.residual is not None:
+        dtype = torch.promote_types(dtype, operands.residual.dtype)
+    if operands.branch_scale is not None and operands.branch_scale.dim() > 0:
+        dtype = torch.promote_types(dtype, operands.branch_scale.dtype)
+    return dtype
+
+
+def _target(x: Tensor) -> str:
+    choice = dispatch.backend(x.device, x.dtype)
+    if isinstance(choice, dispatch.Eager):
+        raise RuntimeError(f"fusedres::residual_linear was called on {x.device} in {x.dtype}: {choice.because}")
+    return choice.target
+
+
+# ---------------------------------------------------------------------------------------------- gradients
+
+
+def _saved(operands: Sequence[Any], spec: LayerSpec) -> Sequence[Any]:
+    """What backward reads of the operands: a residual whose value does not matter to it is let go, as eager's is."""
+    given = Operands(*operands)
+    reads_residual = given.skip_scale is not None or (spec.order == "post" and spec.activation != "none")
+    if given.residual is None or reads_residual:
+        return operands
+    return given._replace(residual=given.residual.new_empty(()).expand(given.residual.shape))
+
+
+def _split(saved: Sequence[Any]) -> tuple[Operands, Tensor | None, Tensor | None]:
+    *operands, z, s = saved
+    return Operands(*operands), *(None if t is None or t.numel() == 0 else t for t in (z, s))
+
+
+def _skip_passes_through(operands: Operands, spec: LayerSpec) -> bool:
+    """Whether the residual's gradient is g itself, which then need not pass through a kernel."""
+    is_sum = spec.order == "pre" or spec.activation == "none"
+    return spec.skip == "residual" and is_sum and operands.skip_scale is None and spec.skip_scale == 1.0
+
+
+def _differentiate(call: Any, g: Tensor, saved: Sequence[Any], spec: LayerSpec, needs: Sequence[bool]) -> tuple:
+    """The gradients of all operands, the seed's None included; `call(g, operands, z, s, spec, wanted)` finds them."""
+    operands, z, s = _split(saved)
+    wanted = Wanted(*needs[: len(Wanted._fields)])
+    passes = wanted.residual and _skip_passes_through(operands, spec)
+    if passes:
+        wanted = wanted._replace(residual=False)
+    gradients = call(g, operands, z, s, spec, wanted)
+    return (*(gradients._replace(residual=g) if passes else gradients), None)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spec: LayerSpec, *operands: Tensor | None) -> Tensor:
+        y, z, s = _forward(Operands(*operands), spec, keep=True)
+        ctx.save_for_backward(*_saved(operands, spec), z, s)
+        ctx.spec = spec
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        is_plain = not (torch.is_grad_enabled() or dispatch.transforms_are_active())
+        call = _visible_backward if is_plain else _differentiable_backward
+        return (None, *_differentiate(call, g, ctx.saved_tensors, ctx.spec, ctx.needs_input_grad[1:]))
+
+
+class _TransformableLayer(torch.autograd.Function):
+    """The same for torch.func, where everything saved must be an input or an output."""
+
+    @staticmethod
+    def forward(spec: LayerSpec, *operands: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return _visible_forward(Operands(*operands), spec)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        spec, *operands = inputs
+        _, z, s = output
+        ctx.mark_non_differentiable(*(t for t in (z, s) if t is not None))
+        ctx.save_for_backward(*operands, z, s)
+        ctx.spec = spec
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _z: Any, _s: Any) -> tuple:
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        return (None, *_differentiate(_differentiable_backward, g, saved, ctx.spec, needs))
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward as a differentiable function of g and the operands; z and s only spare it work."""
+
+    @staticmethod
+    def forward(
+        spec: LayerSpec, wanted: Wanted, z: Tensor | None, s: Tensor | None, g: Tensor, *operands: Any
+    ) -> tuple:
+        return tuple(_visible_backward(g, Operands(*operands), z, s, spec, wanted))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.spec, ctx.wanted, _, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gg: Tensor | None) -> tuple:
+        return (None, None, None, None, *_double_backward(gg, ctx.saved_tensors, ctx.spec, ctx.wanted))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, spec: LayerSpec, wanted: Wanted, z: Any, s: Any, *tensors: Any) -> tuple:
+        def gradients(g: Tensor, *operands: Any) -> tuple:
+            return _reference_gradients(g, Operands(*operands), spec, wanted)
+
+        # a batch of gradients, or of weights, has no kernel: the formula does it
+        some = torch.vmap(gradients, in_dims[4:], randomness=info.randomness)(*tensors)
+        return _spread(some, wanted), _spread((0,) * len(some), wanted)
+
+
+def _visible_forward(operands: Operands, spec: LayerSpec) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """_forward, as an operator where somebody else is to see it."""
+    if not _needs_operator(operands):
+        return _forward(operands, spec, keep=True)
+    y, z, s = torch.ops.fusedres.residual_linear(*operands, *spec, True)
+    keeps_z, keeps_s = _kept(operands, spec, keep=True)
+    return y, z if keeps_z else None, s if keeps_s else None
+
+
+def _visible_backward(
+    g: Tensor, operands: Operands, z: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
+) -> Gradients:
+    """_backward, as an operator where somebody else is to see it."""
+    if _is_batched(g):  # a batch of gradients (is_grads_batched=True) has no kernel: the formula does it
+        return _spread(_reference_gradients(g, operands, spec, wanted), wanted)
+    call = _call_backward_operator if _needs_operator((g, operands.x)) else _backward
+    return call(g, operands, z, s, spec, wanted)
+
+
+def _differentiable_backward(
+    g: Tensor, operands: Operands, z: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
+) -> Gradients:
+    return Gradients(*_Gradients.apply(spec, wanted, z, s, g, *operands))
+
+
+def _reference_gradients(g: Tensor, operands: Operands, spec: LayerSpec, wanted: Wanted) -> tuple[Tensor, ...]:
+    """The wanted gradients alone, by differentiating the reference: what double backward differentiates again."""
+    names = [name for name, is_wanted in wanted._asdict().items() if is_wanted]
+
+    def layer(*values: Tensor) -> Tensor:
+        return reference.layer(operands._replace(**dict(zip(names, values, strict=True))), spec)
+
+    y, pull = torch.func.vjp(layer, *(getattr(operands, name) for name in names))
+    return pull(g.to(y.dtype))
+
+
+def _spread(values: Sequence[Any], wanted: Wanted) -> Gradients:
+    """One entry per operand: the next value where wanted, else None."""
+    rest = iter(values)
+    return Gradients(*(next(rest) if is_wanted else None for is_wanted in wanted))
+
+
+def _double_backward(gg: Sequence[Tensor | None], tensors: Sequence[Any], spec: LayerSpec, wanted: Wanted) -> tuple:
+    """Gradients with respect to (g, *operands) of the backward, given those of its outputs; None for the seed."""
+    at = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
+
+    def gradients(*values: Tensor) -> tuple[Tensor, ...]:
+        filled = list(tensors)
+        for i, value in zip(at, values, strict=True):
+            filled[i] = value
+        g, *operands = filled
+        return _reference_gradients(g, Operands(*operands), spec, wanted)
+
+    _, pull = torch.func.vjp(gradients, *(tensors[i] for i in at))
+    found = pull(tuple(t for t, is_wanted in zip(gg, wanted, strict=True) if is_wanted))
+    spread: list[Tensor | None] = [None] * len(tensors)
+    for i, value in zip(at, found, strict=True):
+        spread[i] = value
+    return tuple(spread)
+
+
+# ---------------------------------------------------------------------------------------------- operators
+
+
+def _unpack(arguments: Sequence[Any]) -> tuple[Operands, LayerSpec, Any]:
+    """(operands, spec, last argument) from an operator's flat arguments."""
+    operands, spec, (last,) = (
+        arguments[:N_OPERANDS],
+        arguments[N_OPERANDS : N_OPERANDS + N_SPEC],
+        arguments[N_OPERANDS + N_SPEC :],
+    )
+    return Operands(*operands), LayerSpec(*spec), last
+
+
+@torch.library.impl(_LIBRARY, "residual_linear", "CompositeExplicitAutograd")
+def _residual_linear(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    operands, spec, keep = _unpack(arguments)
+    y, z, s = _forward(operands, spec, keep)
+    return y, *(operands.x.new_empty(0) if t is None else t for t in (z, s))
+
+
+@torch.library.register_fake("fusedres::residual_linear", lib=_LIBRARY)
+def _residual_linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    operands, spec, keep = _unpack(arguments)
+    x, N = operands.x, operands.weight.shape[0]
+    columns = N + ((x if operands.residual is None else operands.residual).shape[-1] if spec.skip == "concat" else 0)
+    y = x.new_empty(*x.shape[:-1], columns, dtype=_output_dtype(operands))
+    M = prod(x.shape[:-1])  # not Size.numel(), which turns a symbolic size into a number
+    return y, *(x.new_empty(M, N) if kept else x.new_empty(0) for kept in _kept(operands, spec, keep))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    operands, ctx.spec, _ = _unpack(inputs)
+    _, z, s = output
+    ctx.save_for_backward(*_saved(operands, ctx.spec), z, s)
+
+
+def _operator_backward(ctx: Any, g: Tensor, _z: Tensor, _s: Tensor) -> tuple:
+    call = _differentiable_backward if dispatch.transforms_are_active() else _call_backward_operator
+    gradients = _differentiate(call, g, ctx.saved_tensors, ctx.spec, ctx.needs_input_grad)
+    return (*gradients, *(None,) * (N_SPEC + 1))
+
+
+def _call_backward_operator(
+    g: Tensor, operands: Operands, z: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
+) -> Gradients:
+    z, s = (g.new_empty(0) if t is None else t for t in (z, s))
+    found = torch.ops.fusedres.residual_linear_backward(g, z, s, *operands, *spec, list(wanted))
+    return Gradients(*(t if is_wanted else None for t, is_wanted in zip(found, wanted, strict=True)))
+
+
+@torch.library.impl(_LIBRARY, "residual_linear_backward", "CompositeExplicitAutograd")
+def _residual_linear_backward(g: Tensor, z: Tensor, s: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    operands, spec, wanted = _unpack(arguments)
+    _, z, s = _split((*operands, z, s))
+    gradients = _backward(g, operands, z, s, spec, Wanted(*wanted))
+    return tuple(g.new_empty(0) if t is None else _owned(t, g) for t in gradients)
+
+
+def _owned(gradient: Tensor, g: Tensor) -> Tensor:
+    """The gradient dense and in storage of its own, as an operator's output must be: not in g's, nor in another's."""
+    storage = gradient.untyped_storage()
+    is_alone = storage.nbytes() == gradient.nbytes and storage.data_ptr() != g.untyped_storage().data_ptr()
+    return gradient if is_alone and gradient.is_contiguous() else gradient.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("fusedres::residual_linear_backward", lib=_LIBRARY)
+def _residual_linear_backward_fake(g: Tensor, z: Tensor, s: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    operands, _, wanted = _unpack(arguments)
+    return tuple(
+        t.new_empty(t.shape) if is_wanted else g.new_empty(0)
+        for t, is_wanted in zip(operands[:-1], wanted, strict=True)
+    )
+
+
+def _setup_backward_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    g, _, _, *arguments = inputs
+    operands, ctx.spec, wanted = _unpack(arguments)
+    ctx.wanted = Wanted(*wanted)
+    ctx.save_for_backward(g, *operands)
+
+
+def _operator_double_backward(ctx: Any, *gg: Tensor) -> tuple:
+    g, *operands = _double_backward(gg, ctx.saved_tensors, ctx.spec, ctx.wanted)
+    return (g, None, None, *operands, *(None,) * (N_SPEC + 1))
+
+
+torch.library.register_autograd(
+    "fusedres::residual_linear", _operator_backward, setup_context=_setup_context, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "fusedres::residual_linear_backward",
+    _operator_double_backward,
+    setup_context=_setup_backward_context,
+    lib=_LIBRARY,
+)
+torch.library.impl(_LIBRARY, "draw_seed", "CompositeExplicitAutograd")(philox.draw_seed)
+
+
+@torch.library.register_fake("fusedres::draw_seed", lib=_LIBRARY)
+def _draw_seed_fake() -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")

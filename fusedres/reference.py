@@ -1,0 +1,123 @@
+"""The residual layer and its networks in eager PyTorch: the specification, the fallback and the tests' truth.
+
+z = x Wᵀ + b        y = λ s(x) + a φ(z)        or, with order="post",   y = φ(λ s(x) + a z)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checks, philox
+from .kernels.spec import LayerSpec, Operands
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": torch.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sin": torch.sin,
+    "none": lambda z: z,
+}
+
+
+def layer(operands: Operands, spec: LayerSpec) -> Tensor:
+    """y [..., N], with concat [..., S + N]."""
+    x, weight, bias, residual, projection_weight, projection_bias, skip_scale, branch_scale, seed = operands
+    activation = ACTIVATIONS[spec.activation]
+    is_post = spec.order == "post"
+
+    branch = F.linear(x, weight, bias)
+    if not is_post:
+        branch = activation(branch)
+    branch = _scaled(branch, branch_scale, spec.branch_scale)
+    if spec.drop_path > 0:
+        branch = _drop_rows(branch, seed, spec)
+
+    if spec.skip == "none":
+        total = branch
+    else:
+        if spec.skip == "projection":
+            skip = F.linear(x, projection_weight, projection_bias)
+        else:
+            skip = x if residual is None else residual
+        skip = _scaled(skip, skip_scale, spec.skip_scale)
+        total = torch.cat([skip, branch], -1) if spec.skip == "concat" else skip + branch
+    return activation(total) if is_post else total
+
+
+def residual_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, **options: Any
+) -> Tensor:
+    """`functional.residual_linear` in eager PyTorch: the same arguments, shapes and errors; forward mode works too."""
+    is_autocast = isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    operands, spec = checks.described(x, weight, bias, residual, is_autocast=is_autocast, **options)
+    if spec.drop_path > 0:
+        operands = operands._replace(seed=philox.draw_seed())
+    return layer(operands, spec)
+
+
+def _scaled(value: Tensor, learned: Tensor | None, fixed: float) -> Tensor:
+    if learned is not None:
+        return learned * value
+    return value if fixed == 1.0 else fixed * value
+
+
+def _drop_rows(branch: Tensor, seed: Tensor, spec: LayerSpec) -> Tensor:
+    """Stochastic depth: zero in dropped rows, whatever stood there, 1 / (1 - drop_path) times the rest."""
+    kept = philox.kept_rows(seed, branch.shape[:-1], spec.drop_threshold, branch.device)
+    return torch.where(kept[..., None], branch * spec.keep_scale, 0.0)
+
+
+class ShapeGatedStack(nn.Module):
+    """System A: Linear then GELU at every layer, the input added wherever the output has its shape.
+
+    sizes [d₀, …, d_L] gives L layers; x [..., d₀] -> [..., d_L]. Parameters `layers.{i}.0.weight`, `layers.{i}.0.bias`.
+    """
+
+    def __init__(self, sizes: Sequence[int], use_residual: bool = True) -> None:
+        super().__init__()
+        pairs = list(pairwise(sizes))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(K, N), nn.GELU()) for K, N in pairs)
+        self.use_residual = use_residual
+        self.skips = [use_residual and K == N for K, N in pairs]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, takes_skip in zip(self.layers, self.skips, strict=True):
+            x = x + layer(x) if takes_skip else layer(x)
+        return x
+
+
+class ProjectionStack(nn.Module):
+    """System D: as system A, with a learned Linear on the skip wherever the sizes differ.
+
+    sizes [d₀, …, d_L] gives L layers; x [..., d₀] -> [..., d_L]. Parameters `layers.{i}.0.*`, and `projections.{i}.*`
+    for the layers whose sizes differ.
+    """
+
+    def __init__(self, sizes: Sequence[int], use_shortcut: bool = True) -> None:
+        super().__init__()
+        pairs = list(pairwise(sizes))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(K, N), nn.GELU()) for K, N in pairs)
+        self.projections = nn.ModuleDict(
+            {str(i): nn.Linear(K, N) for i, (K, N) in enumerate(pairs) if use_shortcut and K != N}
+        )
+        self.use_shortcut = use_shortcut
+        self.skips = [use_shortcut] * len(pairs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            if not self.use_shortcut:
+                x = layer(x)
+            elif str(i) in self.projections:
+                x = layer(x) + self.projections[str(i)](x)
+            else:
+                x = layer(x) + x
+        return x
