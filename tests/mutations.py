@@ -1,0 +1,115 @@
+"""Does the suite bite? Break the code in one place at a time, in a copy, and see the tests fail.
+
+python tests/mutations.py [NAME ...]     exits 1 if a broken copy passes
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutation(NamedTuple):
+    file: str
+    right: str
+    wrong: str
+    tests: str = "test_layer.py"
+
+
+MUTATIONS = {
+    "GELU constant off in the fifth digit": Mutation(
+        "kernels/triton/activations.py",
+        "INV_SQRT_2 = tl.constexpr(0.7071067811865476)",
+        "INV_SQRT_2 = tl.constexpr(0.7071)",
+    ),
+    "tanh-GELU constant off": Mutation("kernels/triton/activations.py", "(0.044715)", "(0.0447)"),
+    "GELU slope off": Mutation("kernels/triton/activations.py", "tl.exp(-0.5 * z * z)", "tl.exp(-0.501 * z * z)"),
+    "SiLU slope off": Mutation("kernels/triton/activations.py", "s * (1 + z * (1 - s))", "s * (1 + z * (1 - s * s))"),
+    "ReLU drops NaN": Mutation(
+        "kernels/triton/activations.py",
+        "tl.where(z < 0, 0.0, z)",
+        "tl.where(z > 0, z, 0.0)",
+        "test_layer.py test_activations.py",
+    ),
+    "K mask off by one": Mutation("kernels/triton/tile.py", "in_k = k < K - k0", "in_k = k < K - k0 - 1"),
+    "K mask missing": Mutation("kernels/triton/tile.py", "in_k = k < K - k0", "in_k = k < K"),
+    "last column unwritten": Mutation("kernels/triton/tile.py", "m < M, n < N\n", "m < M, n < N - 1\n"),
+    "last row unwritten": Mutation("kernels/triton/tile.py", "m < M, n < N\n", "m < M - 1, n < N\n"),
+    "fp16 accumulation": Mutation(
+        "kernels/triton/tile.py",
+        "total = tl.dot(a, b, total, input_precision=PRECISION)",
+        "total = tl.dot(a, b, total, input_precision=PRECISION).to(tl.float16).to(tl.float32)",
+        "test_layer.py -k float16",
+    ),
+    "transposed incoming gradient ignored": Mutation(
+        "kernels/triton/layer_backward.py", "g, x = rows(g), rows(x)", "x = rows(x)"
+    ),
+    "strided bias ignored": Mutation(
+        "kernels/triton/layer.py", "b, c, a = vector(b), vector(c), vector(a)\n", "pass\n"
+    ),
+    "32-bit row offsets": Mutation(
+        "kernels/triton/tile.py", "tl.cdiv(N, BLOCK_N)).to(tl.int64)", "tl.cdiv(N, BLOCK_N))"
+    ),
+    "skip scale missing in dx": Mutation(
+        "kernels/triton/layer_backward.py",
+        "dx += scale(lam_ptr, lam) * load(",
+        "dx += load(",
+    ),
+    "dλ sums the branch": Mutation("kernels/triton/layer_backward.py", "in_n, g * s, BLOCK_M", "in_n, g * z, BLOCK_M"),
+    "a row tile lost from db": Mutation("kernels/triton/layer_backward.py", "partial.sum(1)", "partial[:, :1].sum(1)"),
+    "post slope at z": Mutation(
+        "kernels/triton/layer_backward.py", "g *= slope(v, ACTIVATION)", "g *= slope(z, ACTIVATION)"
+    ),
+    "backward drops other rows": Mutation(
+        "kernels/triton/layer_backward.py",
+        "g = drop_rows(g, m, seed",
+        "g = drop_rows(g, m + 1, seed",
+        "test_layer.py -k stochastic",
+    ),
+    "Philox key schedule": Mutation("fusedres/philox.py", "0xBB67AE85", "0xBB67AE84", "test_philox.py"),
+    "kernel Philox counter": Mutation(
+        "kernels/triton/philox.py", "low = (m & 0xFFFFFFFF)", "low = ((m + 1) & 0xFFFFFFFF)", "test_philox.py"
+    ),
+}
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the tests pass on a copy of the project with this mutation in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "fusedres-mutated"
+        shutil.copytree(
+            ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "*.egg-info", ".*_cache")
+        )
+        target = copy / mutation.file
+        source = target.read_text()
+        assert source.count(mutation.right) >= 1, f"{mutation.file} no longer has {mutation.right!r}"
+        target.write_text(source.replace(mutation.right, mutation.wrong))
+        tests, *options = mutation.tests.split(" -k ")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += [f"tests/{name}" for name in tests.split()] + [word for o in options for word in ("-k", o)]
+        run = subprocess.run(
+            command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True
+        )
+        if run.returncode not in (0, 1):
+            raise RuntimeError(f"the tests did not run:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+        return run.returncode == 0
+
+
+def main(names: list[str]) -> int:
+    survivors = 0
+    for name in names or MUTATIONS:
+        alive = survives(MUTATIONS[name])
+        survivors += alive
+        print(f"{'PASSED, the suite is blind to it' if alive else 'found':<34}{name}", flush=True)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""The layer over drawn shapes, strides, options and seeds."""
+
+from __future__ import annotations
+
+import torch
+from cases import Case, Shape, three_ways
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_layer import every_other, sliced, transposed
+from tolerances import rule_for
+
+LAYOUTS = {"dense": lambda t: t, "transposed": transposed, "sliced": sliced, "every other": every_other}
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Case:
+    leading = tuple(draw(st.lists(st.integers(1, 9), max_size=3)))
+    N, K = draw(st.integers(1, 80)), draw(st.integers(1, 80))
+    order = draw(st.sampled_from(["pre", "post"]))
+    skip = draw(st.sampled_from(["identity", "residual", "projection", "concat", None]))
+    if skip == "concat":
+        order = "pre"
+    if skip == "identity":
+        K = N
+    layouts = {
+        name: LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))]
+        for name in ("x", "weight", "bias", "residual", "projection_weight", "projection_bias", "branch_scale")
+    }
+    return Case(
+        Shape(leading, N, K),
+        draw(st.sampled_from([torch.float32, torch.float16])),
+        activation=draw(st.sampled_from(["gelu", "relu", "silu", "tanh", "sin", "none"])),
+        order=order,
+        skip=skip,
+        skip_scale=draw(st.sampled_from([1.0, -0.3, "scalar"])) if skip else 1.0,
+        branch_scale=draw(st.sampled_from([1.0, 0.4, "scalar", "channel"])),
+        bias=draw(st.booleans()),
+        drop_path=draw(st.sampled_from([0.0, 0.5])) if skip else 0.0,
+        recompute=draw(st.booleans()),
+        layout=lambda name, t: layouts.get(name, LAYOUTS["dense"])(t),
+    )
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=layers(), seed=st.integers(0, 2**31), gradient=st.sampled_from(sorted(LAYOUTS)))
+def test_any_layer_is_as_close_as_eager(case, seed, gradient, device):
+    torch.manual_seed(seed)
+    made: list[torch.Tensor] = []
+
+    def incoming(y: torch.Tensor) -> torch.Tensor:
+        if not made:
+            made.append(torch.randn(y.shape, device=y.device, dtype=y.dtype))
+        return LAYOUTS[gradient](made[0].to(y.dtype))
+
+    fused, eager, truth = three_ways(case, device, incoming)
+    for name in truth:
+        terms = truth["y"].numel() / truth[name].numel()
+        rule_for(case.dtype, name).check(name, fused[name], eager[name], truth[name], terms)

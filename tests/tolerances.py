@@ -1,0 +1,61 @@
+"""What counts as close: rules with names and reasons, in units of eager's own error against the truth in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Bounds on the largest and the root mean square error, as multiples of eager's."""
+
+    max_error: float
+    rms_error: float
+
+    def check(self, name: str, fused: Tensor, eager: Tensor, truth: Tensor, terms: float = 1.0) -> None:
+        """Fused is as close to truth as this rule asks. An entry of truth is a sum of `terms` terms near one.
+
+        Eager can be exact by luck, on one number above all, so it counts as wrong by at least one rounding of the
+        largest value, and by √terms roundings of one: what its rounded terms add up to.
+        """
+        assert fused.shape == truth.shape, f"{name}: shape {list(fused.shape)}, expected {list(truth.shape)}"
+        assert fused.dtype == eager.dtype, f"{name}: dtype {fused.dtype}, eager gives {eager.dtype}"
+        if truth.numel() == 0:
+            return
+        assert torch.isfinite(fused).all(), f"{name}: not finite"
+        rounding = torch.finfo(eager.dtype).eps * truth.abs().max().clamp_min(terms**0.5)
+        ours, theirs = (fused.double() - truth).abs(), (eager.double() - truth).abs()
+        worst, allowed = ours.max(), self.max_error * torch.maximum(theirs.max(), rounding)
+        assert worst <= allowed, f"{name}: largest error {worst:.3g}, allowed {allowed:.3g}"
+        share = 0.25 + truth.numel() ** -0.5  # a rounding's rms is 0.29 of its largest, and a few numbers have no mean
+        rms, rms_allowed = _rms(ours), self.rms_error * torch.maximum(_rms(theirs), rounding * share)
+        assert rms <= rms_allowed, f"{name}: rms error {rms:.3g}, allowed {rms_allowed:.3g}"
+
+
+def _rms(error: Tensor) -> Tensor:
+    return error.square().mean().sqrt()
+
+
+# Half precision: the fused kernel rounds an output once where eager rounds after every operation, so its mean error
+# must not exceed eager's; the largest error, of few roundings at the worst place, may fall either way.
+HALF = Rule(max_error=2.0, rms_error=1.0)
+
+# Single precision: both round after every operation and sum products in different orders, neither the better one.
+SINGLE = Rule(max_error=4.0, rms_error=2.0)
+
+
+# A sum over rows in single precision: eager adds pairwise; the kernel adds a tile's rows first, which the interpreter
+# does one after the other: k terms near one then err by about k eps / √8, three times √k eps at k = 64.
+SINGLE_SUM = Rule(max_error=8.0, rms_error=6.0)
+
+SUMS = ("dbias", "dprojection_bias", "dskip_scale", "dbranch_scale")
+
+
+def rule_for(dtype: torch.dtype, name: str) -> Rule:
+    """The rule for this output, or gradient d..., of a layer in this dtype."""
+    if dtype != torch.float32:
+        return HALF
+    return SINGLE_SUM if name in SUMS else SINGLE
