@@ -1,0 +1,1 @@
+"""Studies of residual networks, one file each, that run fused and eager side by side."""

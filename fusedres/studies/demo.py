@@ -1,0 +1,318 @@
+"""The demo: fused against eager, in the gradients of systems A and D and in the training of a classifier of digits."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..dispatch import eager as eager_formula
+from ..explanation import explain
+from ..gradients import GradientComparison, compare_gradients, picture
+from ..modules import FusedResidualLinear
+from ..reference import ProjectionStack, ShapeGatedStack
+from .networks import FusedProjectionStack, FusedShapeGatedStack
+
+# Relative to a parameter's largest gradient. Fused and eager sum in fp32 in different orders, some 1e-7 apart at each
+# of up to 13 layers: 1e-5 in all, in most seeds. A wrong formula or a lost tile is off by 1e-2 and more.
+FP32_GRADIENTS = 1e-4
+
+# Of a loss of order 1. Over the first steps other rounding moves it by 1e-6; later the weights themselves part, as they
+# do between any two roundings (measured: up to 1e-2 after 165 steps), so only the first steps tell a wrong gradient.
+FP32_LOSSES, FIRST_STEPS = 1e-4, 55
+
+WIDTH, DEPTH, BATCH, LEARNING_RATE, WARM_UP_STEPS = 128, 6, 128, 3e-3, 3
+
+STYLES = {  # colour, line and marker of the picture
+    "with skips": (picture.BLUE, "-", "o"),
+    "without skips": (picture.VERMILION, "--", "s"),
+}
+
+
+class Case(NamedTuple):
+    """Twins built from (sizes, whether they take skips), and the input both are given."""
+
+    title: str
+    fused: Callable[[list[int], bool], nn.Module]
+    eager: Callable[[list[int], bool], nn.Module]
+    sizes: list[int]
+    x: Callable[[], Tensor]
+
+
+_SIZES_A2, _SIZES_D = [128, 256, 512, 1024, 512, 256, 128, 1], [128, 64, 32, 16, 8, 1]
+CASES = (
+    Case("A, case 1: equal widths", FusedShapeGatedStack, ShapeGatedStack, [3] * 13 + [1], lambda: torch.ones(3)),
+    Case("A, case 2: no two widths alike", FusedShapeGatedStack, ShapeGatedStack, _SIZES_A2, lambda: torch.ones(128)),
+    Case("D: projections", FusedProjectionStack, ProjectionStack, _SIZES_D, lambda: torch.randn(10, 128)),
+)
+Comparisons = dict[str, dict[str, GradientComparison]]  # by the case's title, then by the name of a style
+
+
+@dataclass
+class Training:
+    """The loss of every step, the seconds they took, and the accuracy on held-out digits at the end."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    accuracy: float = 0.0
+
+
+class EagerResidualLinear(nn.Linear):
+    """x + gelu(x Wᵀ + b) where the sizes agree, else gelu(x Wᵀ + b): x [..., K] -> [..., N]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = F.gelu(super().forward(x))
+        return x + branch if self.in_features == self.out_features else branch
+
+
+_LAYERS: dict[str, Callable[[int, int], nn.Module]] = {"eager": EagerResidualLinear, "fused": FusedResidualLinear}
+
+
+def run(out: Path, epochs: int, seed: int, device: torch.device) -> int:
+    """Prints every comparison, writes pictures and data into `out`; 0 if fused and eager agree, else 1.
+
+    ImportError where a package that the demo needs is missing.
+    """
+    missing = [name for name in ("matplotlib", "sklearn", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the demo needs {', '.join(missing)}: pip install fusedres[demo]")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # two cores shared with other work: 20 s of training became 0.2 s
+    out.mkdir(parents=True, exist_ok=True)
+    print(_where(device))
+
+    print("\nWhat runs one layer:")
+    torch.manual_seed(seed)
+    explain(FusedResidualLinear(WIDTH, device=device), torch.randn(BATCH, WIDTH, device=device))
+
+    comparisons = compare_cases(seed, device)
+    trainings = train_both(epochs, seed, device)
+    difference = _largest_difference(trainings)
+    print(f"losses of the first {FIRST_STEPS} steps differ by {difference:.1g} at most")
+
+    _draw_comparisons(comparisons, out / "gradients.png")
+    _draw_trainings(trainings, difference, device, out / "training.png")
+    facts = {"where": _where(device), "torch": torch.__version__, "seed": seed}
+    cases = {title: {name: asdict(one) for name, one in pair.items()} for title, pair in comparisons.items()}
+    _write(out / "gradients.json", facts | {"cases": cases})
+    curves = {name: asdict(training) for name, training in trainings.items()}
+    _write(out / "training.json", facts | {"formula_of_fused": _formula(device)} | curves)
+    print("\nWritten:", *(out / name for name in ("gradients.png", "gradients.json", "training.png", "training.json")))
+
+    return verdict(comparisons, seed, device, difference)
+
+
+def compare_cases(seed: int, device: torch.device) -> Comparisons:
+    """Every case with and without skips, fused against eager from the same draws; prints each table."""
+    from tqdm import tqdm
+
+    comparisons: Comparisons = {case.title: {} for case in CASES}
+    with tqdm(total=len(CASES) * len(STYLES), desc="gradients", unit="comparison") as progress:
+        for case in CASES:
+            for name in STYLES:
+                progress.set_postfix_str(f"{case.title}, {name}")
+                comparison = _compare(case, name == "with skips", seed, device)
+                comparisons[case.title][name] = comparison
+                progress.write(f"\n{case.title}, {name}\n{comparison.table()}")
+                progress.update()
+    return comparisons
+
+
+def _compare(case: Case, has_skips: bool, seed: int, device: torch.device) -> GradientComparison:
+    fused, eager = (_seeded(twin, case.sizes, has_skips, seed).to(device) for twin in (case.fused, case.eager))
+    return compare_gradients(fused, eager, _input(case, seed).to(device))
+
+
+def _is_as_near_to_fp64(case: Case, has_skips: bool, seed: int, device: torch.device) -> bool:
+    """Whether fused errs no more than twice as much as eager does, both measured from eager in fp64.
+
+    Eager's gelu'(z) = Φ(z) + z φ(z) cancels to 0 near z = -5 in fp32: relative to that, any other rounding is infinite.
+    """
+    x = _input(case, seed).to(device)
+    exact = _seeded(case.eager, case.sizes, has_skips, seed).double().to(device)
+    exact.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
+    of_fused, of_eager = (
+        compare_gradients(_seeded(twin, case.sizes, has_skips, seed).to(device), exact, x).relative_difference
+        for twin in (case.fused, case.eager)
+    )
+    return all(error <= max(FP32_GRADIENTS, 2 * of_eager[name]) for name, error in of_fused.items())
+
+
+def _seeded(build: Callable[[list[int], bool], nn.Module], sizes: list[int], has_skips: bool, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return build(sizes, has_skips)
+
+
+def _input(case: Case, seed: int) -> Tensor:
+    torch.manual_seed(seed + 1)  # other draws than those of the weights
+    return case.x()
+
+
+def train_both(epochs: int, seed: int, device: torch.device) -> dict[str, Training]:
+    """One classifier of scanned digits trained eager and fused from the same draws, an epoch each by turns."""
+    from tqdm import tqdm
+
+    print(f"\nA residual classifier of scanned digits, {epochs} epochs, eager and fused by turns.")
+    if device.type == "cpu":
+        print("No kernels here: on a CPU the interpreter is too slow to train with, so both run the eager formula.")
+        print("That the curves coincide is expected then, and the times say nothing about the kernels.")
+    images, labels, held_out_images, held_out_labels = _digits(seed, device)
+    models = {name: _classifier(layer, seed).to(device) for name, layer in _LAYERS.items()}
+    optimizers = {name: torch.optim.AdamW(model.parameters(), LEARNING_RATE) for name, model in models.items()}
+    trainings = {name: Training() for name in models}
+
+    steps = epochs * (len(images) // BATCH)
+    with (
+        eager_formula() if device.type == "cpu" else nullcontext(),
+        tqdm(total=len(models) * steps, desc="training", unit="step") as progress,
+    ):
+        for model in models.values():
+            _warm_up(deepcopy(model), images[:BATCH], labels[:BATCH])
+        for epoch in range(epochs):
+            # Neither always goes first: what the machine does meanwhile falls on both.
+            for name in list(models)[:: 1 if epoch % 2 == 0 else -1]:
+                batches = _batches(len(images), seed + epoch, device)
+                start = _now(device)
+                losses = [_step(models[name], optimizers[name], images[rows], labels[rows]) for rows in batches]
+                trainings[name].seconds += _now(device) - start
+                trainings[name].losses += torch.stack(losses).tolist()
+                progress.update(len(losses))
+        for name, training in trainings.items():
+            with torch.no_grad():
+                guesses = models[name](held_out_images).argmax(-1)
+            training.accuracy = (guesses == held_out_labels).double().mean().item()
+            progress.write(
+                f"{name}: {training.accuracy:.1%} of held-out digits right, "
+                f"last loss {training.losses[-1]:.4f}, {training.seconds:.2f} s"
+            )
+    return trainings
+
+
+def _classifier(layer: Callable[[int, int], nn.Module], seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(layer(64, WIDTH), *(layer(WIDTH, WIDTH) for _ in range(DEPTH)), nn.Linear(WIDTH, 10))
+
+
+def _digits(seed: int, device: torch.device) -> list[Tensor]:
+    """Images [n, 64] and labels [n] to train with, then a fifth of them held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images, labels = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+    train, held_out = train_test_split(torch.arange(len(labels)), test_size=0.2, random_state=seed, stratify=labels)
+    return [part.to(device) for rows in (train, held_out) for part in (images[rows], labels[rows])]
+
+
+def _batches(n: int, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Rows of whole batches in an order of their own for every seed."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    yield from order[: n // BATCH * BATCH].to(device).split(BATCH)
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
+    loss = F.cross_entropy(model(images), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def _warm_up(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Compiles and allocates outside the timed steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
+    for _ in range(WARM_UP_STEPS):
+        _step(model, optimizer, images, labels)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _largest_difference(trainings: dict[str, Training]) -> float:
+    """NaN where a loss is: then nothing coincides."""
+    fused, eager = (torch.tensor(trainings[name].losses[:FIRST_STEPS]) for name in ("fused", "eager"))
+    return (fused - eager).abs().max().item()
+
+
+def _where(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}: Triton kernels run on the GPU"
+    reason = "GPU left aside" if torch.cuda.is_available() else "no GPU"
+    return f"{reason}: Triton kernels run through Triton's interpreter on the CPU"
+
+
+def _formula(device: torch.device) -> str:
+    return "eager formula" if device.type == "cpu" else "fused kernels"
+
+
+def _draw_comparisons(comparisons: Comparisons, path: Path) -> None:
+    figure = picture.new_figure(16, 6)
+    for axes, (title, pair) in zip(figure.subplots(1, len(comparisons)), comparisons.items(), strict=True):
+        series = [
+            one
+            for name, comparison in pair.items()
+            for one in picture.coincidence(
+                comparison.fused.mean_abs, comparison.eager.mean_abs, f", {name}", *STYLES[name]
+            )
+        ]
+        picture.draw_gradients(axes, series)
+        largest = max(comparison.largest_relative_difference for comparison in pair.values())
+        axes.set_title(f"{title}\n{pair['with skips'].fused.skips}\nfused and eager differ by {largest:.1g} relative")
+    picture.save(figure, path)
+
+
+def _draw_trainings(trainings: dict[str, Training], difference: float, device: torch.device, path: Path) -> None:
+    figure = picture.new_figure(8, 5)
+    axes = figure.subplots()
+    for name, color, line, width in (("eager", picture.SKY, "-", 5.0), ("fused", "black", "--", 1.5)):
+        training = trainings[name]
+        label = f"{name}: {training.accuracy:.1%} of held-out digits right"
+        axes.plot(range(1, len(training.losses) + 1), training.losses, line, color=color, linewidth=width, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss (cross-entropy)")
+    axes.set_title(f"fused runs the {_formula(device)}; first {FIRST_STEPS} losses differ by {difference:.1g} at most")
+    axes.grid(axis="y", color="0.9")
+    picture.save(figure, path)
+
+
+def _write(path: Path, data: dict[str, object]) -> None:
+    """What is not finite becomes null: JSON knows no infinity."""
+    finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
+    path.write_text(json.dumps(finite, indent=1) + "\n")
+
+
+def verdict(comparisons: Comparisons, seed: int, device: torch.device, loss_difference: float) -> int:
+    """Says whether fused and eager agree, or where they do not; the exit code."""
+    failures = []
+    for case in CASES:
+        for name, comparison in comparisons[case.title].items():
+            difference = comparison.largest_relative_difference
+            if difference <= FP32_GRADIENTS:
+                continue
+            what = f"{case.title}, {name}: gradients differ by {difference:.1g}, above {FP32_GRADIENTS:.0e}"
+            if _is_as_near_to_fp64(case, name == "with skips", seed, device):
+                print(f"{what}, but fused is as near to fp64 as eager is")
+            else:
+                failures.append(what)
+    if not loss_difference <= FP32_LOSSES:  # so that NaN fails
+        failures.append(f"training: losses differ by {loss_difference:.1g}, above {FP32_LOSSES:.0e}")
+
+    for failure in failures:
+        print("FAILED", failure)
+    if not failures:
+        print("Fused and eager agree, in gradients and in training.")
+    return 1 if failures else 0

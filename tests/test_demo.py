@@ -1,0 +1,153 @@
+"""The command line and its demo: what it writes, what it answers, and that a wrong gradient fails it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedres
+from fusedres import cli
+from fusedres.studies import demo
+
+ROOT = Path(__file__).parent.parent
+HAS_GPU = torch.cuda.is_available()
+
+
+def run(*arguments):
+    """`python -m fusedres …` where nothing yet says whether Triton interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fusedres", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_the_demo_runs_end_to_end(tmp_path):
+    done = run("demo", "--out", tmp_path / "out", "--epochs", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for said in (
+        "A, case 2: no two widths alike, with skips\nfused: loss",
+        "0 of 7 layers take a skip",
+        "5 of 5 layers take a skip",
+        "gradients.png",
+        "Fused and eager agree",
+    ):
+        assert said in done.stdout
+    if not HAS_GPU:
+        assert done.stdout.startswith("no GPU: Triton kernels run through Triton's interpreter on the CPU")
+        assert "triton-interpreter" in done.stdout
+        assert "both run the eager formula" in done.stdout
+
+    for picture in ("gradients.png", "training.png"):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+    gradients = json.loads((tmp_path / "out" / "gradients.json").read_text())
+    assert [list(pair) for pair in gradients["cases"].values()] == [["with skips", "without skips"]] * 3
+    worst = [max(one["relative_difference"].values()) for pair in gradients["cases"].values() for one in pair.values()]
+    assert 0 < max(worst) <= demo.FP32_GRADIENTS  # 0 would mean that no kernel ran
+    training = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert len(training["fused"]["losses"]) == len(training["eager"]["losses"]) == 1437 // demo.BATCH
+
+
+def test_version_and_help():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"fusedres {fusedres.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--epochs", "0"], "must be at least 1, got 0"),
+        (["demo", "--device", "tpu"], "invalid choice: 'tpu'"),
+        ([], "required: command"),
+    ],
+    ids=["no-epochs", "unknown-device", "no-command"],
+)
+def test_wrong_arguments_exit_with_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(HAS_GPU, reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_said(capsys):
+    assert cli.main(["demo", "--device", "cuda"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("was", "is_wanted", "becomes"),
+    [("0", True, "1"), ("1", False, "0"), ("1", True, None), ("0", False, None)],
+    ids=["compiling-to-interpreting", "interpreting-to-compiling", "interprets-already", "compiles-already"],
+)
+def test_triton_imported_for_the_other_mode_starts_anew(was, is_wanted, becomes, monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments))
+    monkeypatch.setitem(sys.modules, "triton", sys)
+    monkeypatch.setenv("TRITON_INTERPRET", was)
+    cli._set_interpreter(is_wanted, ["demo", "--seed", "1"])
+    assert started == ([[sys.executable, "-m", "fusedres", "demo", "--seed", "1"]] if becomes else [])
+    assert os.environ["TRITON_INTERPRET"] == (becomes or was)
+
+
+def test_a_missing_package_is_said_before_anything_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "sklearn" else object())
+    arguments = ["demo", "--out", str(tmp_path / "out"), *([] if HAS_GPU else ["--device", "cpu"])]
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == "the demo needs sklearn: pip install fusedres[demo]\n"
+    assert not (tmp_path / "out").exists()
+
+
+def wrong_in_one_layer(sizes, has_skips):
+    model = demo.FusedProjectionStack(sizes, has_skips)
+    model.layers[0][0].weight.register_hook(lambda gradient: 1.001 * gradient)
+    return model
+
+
+def judge(monkeypatch, case, seed, device, loss_difference=0.0):
+    monkeypatch.setattr(demo, "CASES", (case,))
+    device = torch.device(device)
+    return demo.verdict(demo.compare_cases(seed, device), seed, device, loss_difference)
+
+
+def test_a_wrong_gradient_fails_the_demo(monkeypatch, capsys, device):
+    projections = demo.CASES[2]
+    assert judge(monkeypatch, projections, 0, device) == 0
+    assert judge(monkeypatch, projections._replace(fused=wrong_in_one_layer), 0, device) == 1
+    assert "FAILED D: projections, with skips: gradients differ by 0.001, above 1e-04" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(HAS_GPU, reason="that eager's slope cancels to 0 at this seed was seen on a CPU")
+def test_where_eager_cancels_to_zero_fp64_is_the_judge(monkeypatch, capsys, device):
+    assert judge(monkeypatch, demo.CASES[0], 26, device) == 0
+    assert "gradients differ by inf, above 1e-04, but fused is as near to fp64 as eager is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("difference", [1e-3, math.nan])
+def test_curves_that_part_fail_the_demo(difference, capsys):
+    assert demo.verdict({case.title: {} for case in demo.CASES}, 0, torch.device("cpu"), difference) == 1
+    assert "FAILED training: losses differ by" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_a_number_is_a_difference():
+    trainings = {"fused": demo.Training(losses=[1.0, math.nan, 1.0]), "eager": demo.Training(losses=[1.0, 1.0, 1.0])}
+    assert math.isnan(demo._largest_difference(trainings))
+
+
+def test_training_tells_a_wrong_layer(monkeypatch):
+    """On the CPU both run one formula, so that the curves are equal to the bit; with another formula they part."""
+    device = torch.device("cpu")
+    assert demo._largest_difference(demo.train_both(1, 0, device)) == 0
+
+    class Wrong(fusedres.FusedResidualLinear):
+        def forward(self, x):
+            return super().forward(x) * 1.001
+
+    monkeypatch.setitem(demo._LAYERS, "fused", Wrong)
+    assert demo._largest_difference(demo.train_both(1, 0, device)) > demo.FP32_LOSSES
