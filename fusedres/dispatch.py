@@ -79,7 +79,7 @@ def _constant_backend(device_type: str, index: int | None, dtype: torch.dtype) -
 
 # torch.compile is to call it, not to trace it, and finds the mark on a plain function only, not on a cached one.
 # torch.compiler.assume_constant_result sets it too, but imports torch._dynamo, and so triton, for a second.
-_constant_backend._dynamo_marked_constant = True
+_constant_backend.__dict__["_dynamo_marked_constant"] = True
 
 
 @lru_cache(maxsize=256)
@@ -90,8 +90,10 @@ def _backend(device_type: str, index: int | None, dtype: torch.dtype, is_interpr
         return Eager("x is on the CPU, where only Triton's interpreter could run the kernels (TRITON_INTERPRET=1)")
     if find_spec("triton") is None:
         return Eager("triton is not installed")
+    if dtype == torch.float64:
+        return Eager("the kernels accumulate in float32, which is less than torch.float64 asks for")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return Eager(f"the kernels accumulate in float32, which is less than {dtype} asks for")
+        return Eager(f"there are no kernels for {dtype}")
     if is_interpreted:
         if dtype == torch.bfloat16:
             return Eager("Triton's interpreter computes bfloat16 products wrongly")

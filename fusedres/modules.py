@@ -64,12 +64,15 @@ class FusedResidualLinear(nn.Linear):
         self.drop_path = drop_path
         self.recompute = recompute
 
-        factory = {"device": device, "dtype": dtype}
-        self.projection = nn.Linear(in_features, out_features, bias, **factory) if skip == "projection" else None
+        def scale(start: float, is_learned: bool, *shape: int) -> nn.Parameter | float:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if is_learned else float(start)
+
+        is_projected = skip == "projection"
+        self.projection = nn.Linear(in_features, out_features, bias, device, dtype) if is_projected else None
         self._initial_scales = (float(skip_scale), float(branch_scale))
-        self.skip_scale = nn.Parameter(torch.empty((), **factory)) if learn_skip_scale else float(skip_scale)
-        shape = (out_features,) if learn_branch_scale == "channel" else ()
-        self.branch_scale = nn.Parameter(torch.empty(shape, **factory)) if learn_branch_scale else float(branch_scale)
+        channels = (out_features,) if learn_branch_scale == "channel" else ()
+        self.skip_scale = scale(skip_scale, learn_skip_scale)
+        self.branch_scale = scale(branch_scale, bool(learn_branch_scale), *channels)
         self._reset_scales()
 
     @property

@@ -21,6 +21,7 @@ from .kernels.spec import Gradients, LayerSpec, Operands, Wanted
 
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
+_vjp: Any = torch.func.vjp  # whose annotation is a union over has_aux
 N_OPERANDS = len(Operands._fields)
 N_SPEC = len(LayerSpec._fields)
 
@@ -173,7 +174,8 @@ def _saved(operands: Sequence[Any], spec: LayerSpec) -> Sequence[Any]:
 
 def _split(saved: Sequence[Any]) -> tuple[Operands, Tensor | None, Tensor | None]:
     *operands, z, s = saved
-    return Operands(*operands), *(None if t is None or t.numel() == 0 else t for t in (z, s))
+    z, s = (None if t is None or t.numel() == 0 else t for t in (z, s))
+    return Operands(*operands), z, s
 
 
 def _skip_passes_through(operands: Operands, spec: LayerSpec) -> bool:
@@ -289,14 +291,14 @@ def _reference_gradients(g: Tensor, operands: Operands, spec: LayerSpec, wanted:
     def layer(*values: Tensor) -> Tensor:
         return reference.layer(operands._replace(**dict(zip(names, values, strict=True))), spec)
 
-    y, pull = torch.func.vjp(layer, *(getattr(operands, name) for name in names))
+    y, pull = _vjp(layer, *(getattr(operands, name) for name in names))
     return pull(g.to(y.dtype))
 
 
 def _spread(values: Sequence[Any], wanted: Wanted) -> Gradients:
     """One entry per operand: the next value where wanted, else None."""
     rest = iter(values)
-    return Gradients(*(next(rest) if is_wanted else None for is_wanted in wanted))
+    return Gradients(*[next(rest) if is_wanted else None for is_wanted in wanted])
 
 
 def _double_backward(gg: Sequence[Tensor | None], tensors: Sequence[Any], spec: LayerSpec, wanted: Wanted) -> tuple:
@@ -310,7 +312,7 @@ def _double_backward(gg: Sequence[Tensor | None], tensors: Sequence[Any], spec: 
         g, *operands = filled
         return _reference_gradients(g, Operands(*operands), spec, wanted)
 
-    _, pull = torch.func.vjp(gradients, *(tensors[i] for i in at))
+    _, pull = _vjp(gradients, *(tensors[i] for i in at))
     found = pull(tuple(t for t, is_wanted in zip(gg, wanted, strict=True) if is_wanted))
     spread: list[Tensor | None] = [None] * len(tensors)
     for i, value in zip(at, found, strict=True):
@@ -323,19 +325,15 @@ def _double_backward(gg: Sequence[Tensor | None], tensors: Sequence[Any], spec: 
 
 def _unpack(arguments: Sequence[Any]) -> tuple[Operands, LayerSpec, Any]:
     """(operands, spec, last argument) from an operator's flat arguments."""
-    operands, spec, (last,) = (
-        arguments[:N_OPERANDS],
-        arguments[N_OPERANDS : N_OPERANDS + N_SPEC],
-        arguments[N_OPERANDS + N_SPEC :],
-    )
-    return Operands(*operands), LayerSpec(*spec), last
+    *flat, last = arguments
+    return Operands(*flat[:N_OPERANDS]), LayerSpec(*flat[N_OPERANDS:]), last
 
 
 @torch.library.impl(_LIBRARY, "residual_linear", "CompositeExplicitAutograd")
 def _residual_linear(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     operands, spec, keep = _unpack(arguments)
-    y, z, s = _forward(operands, spec, keep)
-    return y, *(operands.x.new_empty(0) if t is None else t for t in (z, s))
+    y, z, s = (operands.x.new_empty(0) if t is None else t for t in _forward(operands, spec, keep))
+    return y, z, s
 
 
 @torch.library.register_fake("fusedres::residual_linear", lib=_LIBRARY)
@@ -345,7 +343,8 @@ def _residual_linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     columns = N + ((x if operands.residual is None else operands.residual).shape[-1] if spec.skip == "concat" else 0)
     y = x.new_empty(*x.shape[:-1], columns, dtype=_output_dtype(operands))
     M = prod(x.shape[:-1])  # not Size.numel(), which turns a symbolic size into a number
-    return y, *(x.new_empty(M, N) if kept else x.new_empty(0) for kept in _kept(operands, spec, keep))
+    z, s = (x.new_empty(M, N) if kept else x.new_empty(0) for kept in _kept(operands, spec, keep))
+    return y, z, s
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -51,7 +51,7 @@ class Case:
     layout: Callable[[str, Tensor], Tensor] = field(default=lambda name, tensor: tensor)
 
     def tensors(self, device: str) -> dict[str, Tensor]:
-        """Leaves in self.dtype, laid out by self.layout. Weights have scale K ** -0.5, so that outputs stay near one."""
+        """Leaves in self.dtype, laid out by self.layout. Weights scale as K ** -0.5: outputs stay near one."""
         leading, N, K = self.shape.leading, self.shape.N, self.shape.K
         made = {"x": torch.randn(*leading, K), "weight": torch.randn(N, K) * max(K, 1) ** -0.5}
         if self.bias:
