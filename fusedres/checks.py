@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,72 +15,73 @@ SKIPS = ("auto", "identity", "projection", "concat", None)
 
 
 def described(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    *,
-    activation: str = "gelu",
-    approximate: str = "none",
-    order: str = "pre",
-    skip: str | None = "auto",
-    skip_scale: float | Tensor = 1.0,
-    branch_scale: float | Tensor = 1.0,
-    projection_weight: Tensor | None = None,
-    projection_bias: Tensor | None = None,
-    drop_path: float = 0.0,
-    training: bool = True,
-    recompute: bool = False,
-    batch_invariant: bool = False,
-    is_autocast: bool = False,
+    given: Operands,
+    skip_scale: float | Tensor,
+    branch_scale: float | Tensor,
+    options: tuple[Any, ...],
+    is_autocast: bool,
 ) -> tuple[Operands, LayerSpec]:
-    """A call's arguments as checked values; a tensor for a scale is a learned one. The seed is drawn by the caller."""
-    matrices(x, weight)
-    kind = resolve_skip(skip, weight.shape[1], weight.shape[0], residual is not None, projection_weight is not None)
-    learned_skip_scale = skip_scale if isinstance(skip_scale, Tensor) else None
-    learned_branch_scale = branch_scale if isinstance(branch_scale, Tensor) else None
-    spec = layer_spec(
-        activation,
-        approximate,
-        order,
-        kind,
-        skip_scale if learned_skip_scale is None else 1.0,
-        branch_scale if learned_branch_scale is None else 1.0,
-        drop_path,
-        recompute,
-        training,
-        batch_invariant,
-    )
-    given = Operands(
-        x,
-        weight,
-        bias,
-        residual,
-        projection_weight,
-        projection_bias,
-        learned_skip_scale,
-        learned_branch_scale,
-    )
+    """A call's arguments as checked values; a tensor for a scale is a learned one.
+
+    Options are (activation, approximate, order, skip, drop_path, training, recompute).
+
+    Raises:
+        TypeError: an operand is no floating-point tensor or of another dtype than x, or a number is none.
+        ValueError: a shape or a device does not fit; an option is unknown, out of range, or at odds with another.
+    """
+    activation, approximate, order, skip, drop_path, training, recompute = options
+    matrices(given.x, given.weight)
+    N, K = given.weight.shape
+    kind = resolve_skip(skip, K, N, given.residual is not None, given.projection_weight is not None)
+    if isinstance(skip_scale, Tensor):
+        given, skip_scale = given._replace(skip_scale=skip_scale), 1.0
+    if isinstance(branch_scale, Tensor):
+        given, branch_scale = given._replace(branch_scale=branch_scale), 1.0
+    spec = layer_spec(activation, approximate, order, kind, skip_scale, branch_scale, drop_path, training, recompute)
     operands(given, spec, is_autocast)
     return given, spec
 
 
-def layer_spec(*options: Any) -> LayerSpec:
-    """The validated options, in the order of `_validated`. `skip` is what `resolve_skip` returned.
+def facts(
+    given: Operands, skip_scale: float | Tensor, branch_scale: float | Tensor, options: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """All that decides what `described` makes of a plain call, one of x, weight and bias; None for other calls.
 
-    Raises:
-        TypeError: drop_path, or a scale, is not a number.
-        ValueError: an option is unknown, out of range, or makes no sense with another.
+    Equal facts are equal calls: a layer is checked once, not every time.
     """
-    if not torch.compiler.is_compiling():  # it would trace through the cache, and warn of it
-        try:
-            return _remembered(*options)
-        except TypeError:  # an option is wrong, or cannot be remembered: validate it again, for an error about itself
-            pass
-    return _validated(*options)
+    x, weight, bias, residual, projection_weight, projection_bias, _, _, _ = given
+    is_plain = residual is projection_weight is projection_bias is None
+    is_plain = is_plain and type(skip_scale) is type(branch_scale) is type(options[4]) is float  # True equals 1.0
+    if not is_plain or torch.compiler.is_compiling():
+        return None
+    try:
+        about_weight = (weight.shape, weight.dtype, weight.device)
+        about_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
+        return skip_scale, branch_scale, options, x.size(-1), x.dtype, x.device, about_weight, about_bias
+    except (AttributeError, IndexError):  # not a tensor, or one without dimensions: an error to be told
+        return None
 
 
-def _validated(
+_KNOWN: dict[tuple[Any, ...], LayerSpec] = {}
+
+
+def recall(about: tuple[Any, ...] | None) -> LayerSpec | None:
+    """What `described` made of these facts, where it has met them."""
+    try:
+        return _KNOWN.get(about)
+    except TypeError:  # a size that is traced cannot be hashed, nor can an option that is wrong
+        return None
+
+
+def remember(about: tuple[Any, ...] | None, spec: LayerSpec) -> None:
+    if about is not None:
+        with suppress(TypeError):
+            if len(_KNOWN) >= 4096:
+                _KNOWN.clear()
+            _KNOWN[about] = spec
+
+
+def layer_spec(
     activation: str,
     approximate: str,
     order: str,
@@ -88,10 +89,15 @@ def _validated(
     skip_scale: float,
     branch_scale: float,
     drop_path: float,
-    recompute: bool,
     training: bool,
-    batch_invariant: bool,
+    recompute: bool,
 ) -> LayerSpec:
+    """The validated options. `skip` is what `resolve_skip` returned.
+
+    Raises:
+        TypeError: drop_path, or a scale, is not a number.
+        ValueError: an option is unknown, out of range, or makes no sense with another.
+    """
     if activation not in ACTIVATION_NAMES:
         raise ValueError(f"activation must be one of {_list(ACTIVATION_NAMES)}, got {activation!r}")
     if approximate not in ("none", "tanh"):
@@ -116,11 +122,7 @@ def _validated(
         branch_scale=_number("branch_scale", branch_scale),
         drop_path=float(drop_path) if training else 0.0,
         recompute=bool(recompute),
-        batch_invariant=batch_invariant,
     )
-
-
-_remembered = lru_cache(maxsize=1024, typed=True)(_validated)  # typed: True equals 1.0, and is not a number here
 
 
 def _check_drop_path(drop_path: float) -> None:

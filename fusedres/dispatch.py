@@ -62,6 +62,13 @@ def choose(device: torch.device, dtype: torch.dtype, is_empty: bool) -> Eager | 
 
 def backend(device: torch.device, dtype: torch.dtype) -> Eager | Triton:
     """What this device has for this dtype, whatever switches and transforms are in force."""
+    if torch.compiler.is_compiling():
+        return _constant_backend(device.type, device.index, dtype)
+    return _cached_backend(device, dtype)
+
+
+@lru_cache(maxsize=256)
+def _cached_backend(device: torch.device, dtype: torch.dtype) -> Eager | Triton:
     return _constant_backend(device.type, device.index, dtype)
 
 
@@ -127,18 +134,16 @@ def _tiles(
     is_exact_fp32 = dtype == torch.float32 and precision == "ieee"
     is_ragged = N % 16 != 0 or K % 16 != 0
 
-    def tile(columns: int, depth: int, holds_two: bool) -> Tile:
-        shape = _SKINNY_SHAPE if is_skinny else _SHAPES[is_exact_fp32, is_ragged, holds_two]
-        block_n, block_k = _power_of_two(columns, 16, shape.columns), _power_of_two(depth, 16, shape.depth)
-        if dtype.itemsize == 2 and not is_ragged:
-            block_k = _power_of_two(depth, 16, 2 * shape.depth)
+    def tile(columns: int, depth: int, work: str) -> Tile:
+        shape = _SKINNY[is_exact_fp32] if is_skinny else _SHAPES[is_exact_fp32, is_ragged, work]
+        is_half = dtype.itemsize == 2
+        deepest = 2 * shape.depth if is_half and not is_ragged else shape.depth
+        block_n = _power_of_two(columns, 16, shape.columns)
+        block_k = _power_of_two(depth, 32 if is_half else 16, deepest)
         return Tile(shape.rows, block_n, block_k, shape.warps, 2 if target == "hip" else 3)
 
-    return Tiles(
-        forward=tile(N, K, has_projection),
-        dz=tile(N, K, True),  # g, z and s at once: as much as a projection's two products
-        dx=tile(K, N, has_projection),
-    )
+    product = "two products" if has_projection else "product"
+    return Tiles(forward=tile(N, K, product), dz=tile(N, K, "dz"), dx=tile(K, N, product))
 
 
 class _Shape(NamedTuple):
@@ -153,17 +158,21 @@ class _Shape(NamedTuple):
 # A stated heuristic, until tiles are measured on a GPU: the largest tiles that do not spill (`python bench/lens.py`).
 # fp32 without tf32 has no matrix unit and holds its operands in registers too; sizes that are no multiple of 16 load
 # element by element, with an address each (128 x 128 x 64 would spill 512 bytes on sm_90).
-_SKINNY_SHAPE = _Shape(16, 64, 32, 4)
-_SHAPES = {  # (is_exact_fp32, is_ragged, holds_two)
-    (False, False, False): _Shape(128, 128, 32, 8),
-    (False, False, True): _Shape(128, 64, 32, 8),
-    (False, True, False): _Shape(128, 64, 32, 8),
-    (False, True, True): _Shape(64, 64, 32, 8),
-    (True, False, False): _Shape(64, 64, 16, 4),
-    (True, False, True): _Shape(64, 64, 16, 8),
-    (True, True, False): _Shape(64, 64, 16, 8),
-    (True, True, True): _Shape(64, 32, 16, 8),
+_SHAPES = {  # (is_exact_fp32, is_ragged, work)
+    (False, False, "product"): _Shape(128, 128, 32, 8),
+    (False, False, "two products"): _Shape(128, 64, 32, 8),
+    (False, False, "dz"): _Shape(128, 64, 32, 8),
+    (False, True, "product"): _Shape(64, 64, 32, 8),
+    (False, True, "two products"): _Shape(64, 32, 32, 8),
+    (False, True, "dz"): _Shape(64, 64, 32, 8),
+    (True, False, "product"): _Shape(64, 64, 16, 4),
+    (True, False, "two products"): _Shape(64, 32, 16, 8),
+    (True, False, "dz"): _Shape(64, 64, 16, 8),
+    (True, True, "product"): _Shape(64, 64, 16, 8),
+    (True, True, "two products"): _Shape(64, 32, 16, 8),
+    (True, True, "dz"): _Shape(64, 32, 16, 8),
 }
+_SKINNY = {False: _Shape(16, 64, 32, 4), True: _Shape(16, 64, 16, 4)}  # by is_exact_fp32
 
 
 def _power_of_two(size: int, smallest: int, largest: int) -> int:

@@ -58,10 +58,12 @@ _listener: list[Call] | None = None
 _name = ""
 
 
+def is_listening() -> bool:
+    return _listener is not None
+
+
 def note(choice: Eager | Triton, operands: Operands, spec: LayerSpec, dtype: torch.dtype) -> None:
-    """Tell the listener, if any, about a call."""
-    if _listener is None:
-        return
+    """Tell the listener about a call."""
     N, K = operands.weight.shape
     M = operands.x.shape[:-1].numel()
     chosen = None

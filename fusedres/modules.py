@@ -51,7 +51,7 @@ class FusedResidualLinear(nn.Linear):
         checks.learned_scales(learn_skip_scale, learn_branch_scale)
         resolved = checks.resolve_skip(skip, in_features, out_features, False, skip == "projection")
         checks.layer_spec(
-            activation, approximate, order, resolved, skip_scale, branch_scale, drop_path, recompute, True, False
+            activation, approximate, order, resolved, skip_scale, branch_scale, drop_path, True, recompute
         )
         if learn_skip_scale:
             checks.has_skip_to_scale(resolved)
@@ -96,22 +96,16 @@ class FusedResidualLinear(nn.Linear):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]; a residual [..., N], where given, is the skip in the place of x."""
         projection = self.projection
-        return functional.residual_linear(
+        return functional.layer(
             x,
             self.weight,
             self.bias,
             residual,
-            activation=self.activation,
-            approximate=self.approximate,
-            order=self.order,
-            skip=self.skip,
-            skip_scale=self.skip_scale,
-            branch_scale=self.branch_scale,
-            projection_weight=None if projection is None else projection.weight,
-            projection_bias=None if projection is None else projection.bias,
-            drop_path=self.drop_path,
-            training=self.training,
-            recompute=self.recompute,
+            None if projection is None else projection.weight,
+            None if projection is None else projection.bias,
+            self.skip_scale,
+            self.branch_scale,
+            (self.activation, self.approximate, self.order, self.skip, self.drop_path, self.training, self.recompute),
         )
 
     def extra_repr(self) -> str:

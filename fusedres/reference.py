@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,8 @@ def layer(operands: Operands, spec: LayerSpec) -> Tensor:
     branch = F.linear(x, weight, bias)
     if not is_post:
         branch = activation(branch)
-    branch = _scaled(branch, branch_scale, spec.branch_scale)
+    if branch_scale is not None or spec.branch_scale != 1.0:
+        branch = branch * (spec.branch_scale if branch_scale is None else branch_scale)
     if spec.drop_path > 0:
         branch = _drop_rows(branch, seed, spec)
 
@@ -48,26 +48,38 @@ def layer(operands: Operands, spec: LayerSpec) -> Tensor:
             skip = F.linear(x, projection_weight, projection_bias)
         else:
             skip = x if residual is None else residual
-        skip = _scaled(skip, skip_scale, spec.skip_scale)
+        if skip_scale is not None or spec.skip_scale != 1.0:
+            skip = skip * (spec.skip_scale if skip_scale is None else skip_scale)
         total = torch.cat([skip, branch], -1) if spec.skip == "concat" else skip + branch
     return activation(total) if is_post else total
 
 
 def residual_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, **options: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    approximate: str = "none",
+    order: str = "pre",
+    skip: str | None = "auto",
+    skip_scale: float | Tensor = 1.0,
+    branch_scale: float | Tensor = 1.0,
+    projection_weight: Tensor | None = None,
+    projection_bias: Tensor | None = None,
+    drop_path: float = 0.0,
+    training: bool = True,
+    recompute: bool = False,
 ) -> Tensor:
     """`functional.residual_linear` in eager PyTorch: the same arguments, shapes and errors; forward mode works too."""
+    given = Operands(x, weight, bias, residual, projection_weight, projection_bias)
+    options = (activation, approximate, order, skip, drop_path, training, recompute)
     is_autocast = isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    operands, spec = checks.described(x, weight, bias, residual, is_autocast=is_autocast, **options)
+    operands, spec = checks.described(given, skip_scale, branch_scale, options, is_autocast)
     if spec.drop_path > 0:
         operands = operands._replace(seed=philox.draw_seed())
     return layer(operands, spec)
-
-
-def _scaled(value: Tensor, learned: Tensor | None, fixed: float) -> Tensor:
-    if learned is not None:
-        return learned * value
-    return value if fixed == 1.0 else fixed * value
 
 
 def _drop_rows(branch: Tensor, seed: Tensor, spec: LayerSpec) -> Tensor:

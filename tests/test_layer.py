@@ -25,8 +25,13 @@ SUMS = [(order, skip) for order in ("pre", "post") for skip in SKIPS if (order, 
 def check(case: Case, device: str, gradient=None) -> None:
     fused, eager, truth = three_ways(case, device, gradient)
     for name in truth:
-        terms = truth["y"].numel() / max(truth[name].numel(), 1)
+        terms = terms_of(case, truth["y"], truth[name])
         rule_for(case.dtype, name).check(name, fused[name], eager[name], truth[name], terms)
+
+
+def terms_of(case: Case, y: Tensor, entries: Tensor) -> float:
+    """How many terms near one an entry sums up; kept rows count 1 / (1 - p) times as much as their share 1 - p."""
+    return y.numel() / max(entries.numel(), 1) / (1 - case.drop_path)
 
 
 def named(activation: str) -> dict[str, str]:

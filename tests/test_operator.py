@@ -72,7 +72,14 @@ every_way_in = pytest.mark.parametrize("way", WAYS_IN)
 
 def described(case: Case, device: str) -> tuple[dict[str, Tensor], Operands, LayerSpec]:
     tensors = case.tensors(device)
-    operands, spec = checks.described(**tensors, **case.options(), **case.numbers())
+    scales = {"skip_scale": 1.0, "branch_scale": 1.0} | case.numbers()
+    scales |= {name: tensors[name] for name in scales if name in tensors}
+    given = Operands(**{name: t for name, t in tensors.items() if name not in scales})
+    chosen = {"approximate": "none", "training": True} | case.options()
+    options = tuple(
+        chosen[n] for n in ("activation", "approximate", "order", "skip", "drop_path", "training", "recompute")
+    )
+    operands, spec = checks.described(given, *scales.values(), options, False)
     if spec.drop_path > 0:
         operands = operands._replace(seed=torch.tensor(12345))
     return tensors, operands, spec

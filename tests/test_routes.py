@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
 import fusedres
-from fusedres import FusedResidualLinear, checks, dispatch, functional
+from fusedres import FusedResidualLinear, dispatch, functional
 from fusedres.dispatch import Eager, Triton
 from fusedres.kernels.config import Tiles
 from fusedres.kernels.spec import LayerSpec, Operands
@@ -282,8 +282,9 @@ def test_tiles_know_two_classes_of_rows(N, K, skip, dtype):
 
 def test_tiles_count_all_leading_dimensions():
     x, weight = torch.empty(8, 16, 6, device="meta"), torch.empty(6, 6, device="meta")
-    operands, spec = checks.described(x, weight)
-    assert dispatch.layer_tiles(operands, spec, torch.float32, "cuda") == tiles_of(128, 6, 6, torch.float32)
+    assert dispatch.layer_tiles(Operands(x, weight), LayerSpec(), torch.float32, "cuda") == tiles_of(
+        128, 6, 6, torch.float32
+    )
 
 
 def training_bits(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,112 @@
+"""What ships: every tile that dispatch can choose for a kernel, and layers to run the kernels on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres import dispatch
+from fusedres.kernels.config import Tile, Tiles
+from fusedres.kernels.spec import LayerSpec, Operands, Wanted
+
+KERNELS = Tiles._fields  # forward, dz, dx
+SIZES = sorted({2**p + more for p in range(14) for more in (0, 1)})  # both sides of every power of two up to 8192
+ROWS = (1, dispatch.SKINNY, dispatch.SKINNY + 1, 65536)
+
+
+class Mode(NamedTuple):
+    """The dtype of a layer, and how its products multiply."""
+
+    dtype: torch.dtype
+    precision: str
+
+
+MODES = {
+    "fp32": Mode(torch.float32, "ieee"),
+    "tf32": Mode(torch.float32, "tf32"),
+    "fp16": Mode(torch.float16, "ieee"),
+    "bf16": Mode(torch.bfloat16, "ieee"),
+}
+
+
+class Configuration(NamedTuple):
+    """A kernel, and a tile that dispatch gives it in this mode, for these layers."""
+
+    kernel: str
+    mode: str
+    has_projection: bool
+    is_ragged: bool  # a width is no multiple of 16, for which Triton specialises kernels
+    tile: Tile
+
+    def __str__(self) -> str:
+        skip = "projection" if self.has_projection else "tensor"
+        return f"{self.kernel}-{self.mode}-{skip}-{'ragged' if self.is_ragged else 'aligned'}-{name(self.tile)}"
+
+
+def name(tile: Tile) -> str:
+    """128x64x32-w4-s3: the block, its warps, its stages."""
+    return f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}-w{tile.warps}-s{tile.stages}"
+
+
+def shipped(target: str) -> list[Configuration]:
+    """Every configuration that dispatch chooses on a target (cuda, hip, interpreter), over all sizes up to 8193."""
+    found: set[Configuration] = set()
+    before = torch.get_float32_matmul_precision()
+    try:
+        for (mode, (dtype, precision)), skip in product(MODES.items(), ("none", "projection")):
+            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+            spec = LayerSpec(skip=skip)
+            for M, N, K in product(ROWS, SIZES, SIZES):
+                operands = Operands(*(torch.empty(shape, dtype=dtype, device="meta") for shape in ((M, K), (N, K))))
+                tiles = dispatch.layer_tiles(operands, spec, dtype, target)
+                layer = mode, skip == "projection", N % 16 > 0 or K % 16 > 0
+                found |= {Configuration(kernel, *layer, getattr(tiles, kernel)) for kernel in KERNELS}
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return sorted(found, key=lambda c: (KERNELS.index(c.kernel), list(MODES).index(c.mode), *c[2:]))
+
+
+def largest(configurations: Iterable[Configuration]) -> list[Configuration]:
+    """Of each kernel, mode and kind of layer, the one whose threads hold most."""
+
+    def size(c: Configuration) -> tuple[int, int]:
+        area = c.tile.BLOCK_M * c.tile.BLOCK_N
+        return area // c.tile.warps, area * c.tile.BLOCK_K
+
+    found: dict[tuple, Configuration] = {}
+    for c in configurations:
+        kind = c[:-1]
+        found[kind] = max(found.get(kind, c), c, key=size)
+    return list(found.values())
+
+
+class Layer(NamedTuple):
+    """A layer to run a kernel on: its options, and whether λ (one number) and a (one per channel) are learned."""
+
+    spec: LayerSpec
+    is_learned: bool = False
+    has_residual: bool = False
+
+    def operands(self, M: int, N: int, K: int, make: Callable[..., Tensor]) -> Operands:
+        """Operands of these sizes; `make(name, *shape)` gives each tensor, a concatenated residual is K wide."""
+        spec = self.spec
+        return Operands(
+            x=make("x", M, K),
+            weight=make("weight", N, K),
+            bias=make("bias", N),
+            residual=make("residual", M, K if spec.skip == "concat" else N) if self.has_residual else None,
+            projection_weight=make("projection_weight", N, K) if spec.skip == "projection" else None,
+            projection_bias=make("projection_bias", N) if spec.skip == "projection" else None,
+            skip_scale=make("skip_scale") if self.is_learned and spec.skip != "none" else None,
+            branch_scale=make("branch_scale", N) if self.is_learned else None,
+            seed=torch.tensor(2**62 + 2**31 + 1) if spec.drop_path > 0 else None,
+        )
+
+
+def everything(operands: Operands) -> Wanted:
+    """All gradients that a layer with these operands has."""
+    return Wanted(*(t is not None for t in operands[:-1]))

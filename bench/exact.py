@@ -1,0 +1,250 @@
+"""Every shipped kernel on integers small enough that each result is exact, compared with == against float64.
+
+    python bench/exact.py --seeds 8 --out exact.json    every configuration
+    python bench/exact.py --quick                       the largest tiles alone, in Triton's interpreter without a GPU
+
+A single lost or doubled term shows, whatever rounding would hide. Exits with 1 on any mismatch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # triton reads it as it defines kernels
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # dW is a library's product: let it be deterministic
+
+import torch.nn.functional as F
+from configurations import KERNELS, MODES, Configuration, Layer, everything, largest, shipped
+from torch import Tensor
+
+from fusedres import reference
+from fusedres.kernels.config import Tile, Tiles
+from fusedres.kernels.spec import LayerSpec, Operands, Wanted
+from fusedres.kernels.triton import layer, layer_backward
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+TARGET = ("hip" if torch.version.hip else "cuda") if HAS_GPU else "interpreter"
+ANY_TILE = Tile(16, 16, 16, 4, 2)  # for dz where dx is in question
+
+# relu and no activation keep integers; λ, a and 1 / (1 - drop_path) are powers of two
+LAYERS = {
+    "everything": Layer(LayerSpec("relu", "post", "residual", drop_path=0.5), is_learned=True, has_residual=True),
+    "identity": Layer(LayerSpec("relu", skip="identity", skip_scale=2.0, drop_path=0.5)),
+    "post-identity": Layer(LayerSpec("relu", "post", skip="identity", branch_scale=-2.0), is_learned=True),
+    "concat": Layer(LayerSpec("relu", skip="concat", drop_path=0.5), is_learned=True),
+    "bare": Layer(LayerSpec("none", branch_scale=2.0)),
+}
+PROJECTED = {
+    "everything": Layer(LayerSpec("relu", "post", "projection", drop_path=0.5), is_learned=True),
+    "projection": Layer(LayerSpec("relu", skip="projection", skip_scale=2.0)),
+}
+HEAVIEST = {"forward": "everything", "dz": "everything", "dx": "identity"}
+
+
+class Case(NamedTuple):
+    """A configuration on a layer: x [M, K], weight [N, K]."""
+
+    configuration: Configuration
+    layer: str
+    M: int
+    N: int
+    K: int
+
+    def __str__(self) -> str:
+        return f"{self.configuration}-{self.layer}-{self.M}x{self.N}x{self.K}"
+
+
+def cases(configurations: Iterable[Configuration], is_small: bool) -> list[Case]:
+    """Each configuration on the layer that asks most of its kernel, the largest ones on every layer."""
+    configurations = list(configurations)
+    large = set(largest(configurations))
+    found = []
+    for c in configurations:
+        layers = PROJECTED if c.has_projection else LAYERS
+        names = layers if c in large else [HEAVIEST[c.kernel] if not c.has_projection else "everything"]
+        found += [Case(c, name, *_sizes(c, layers[name], is_small)) for name in names]
+    return found
+
+
+def _sizes(c: Configuration, subject: Layer, is_small: bool) -> tuple[int, int, int]:
+    """A few tiles each way, the last ones part empty; large: enough programs to fill a GPU, and a deep product."""
+    columns, depth = (c.tile.BLOCK_N, c.tile.BLOCK_K) if c.kernel != "dx" else (c.tile.BLOCK_K, c.tile.BLOCK_N)
+    more = 5 if c.is_ragged else 16
+    if is_small:
+        M, N, K = c.tile.BLOCK_M + 3, columns + more, depth + more
+    else:
+        M, N, K = 32 * c.tile.BLOCK_M + 3, 4 * columns + more, 12 * depth + more
+    return (M, N, N) if subject.spec.skip == "identity" else (M, N, K)
+
+
+# ---------------------------------------------------------------------------------------------- one case
+
+
+def mismatches(case: Case, seed: int, device: str = DEVICE) -> list[str]:
+    """What the case's kernel wrote that is not equal to the truth, each with its number of wrong elements."""
+    c, M, N, K = case.configuration, case.M, case.N, case.K
+    dtype, precision = MODES[c.mode]
+    subject = (PROJECTED if c.has_projection else LAYERS)[case.layer]
+    spec = subject.spec
+    draw = torch.Generator().manual_seed(zlib.crc32(f"{case} {seed}".encode()))
+
+    def make(name: str, *shape: int) -> Tensor:
+        return _integers(name, shape, K, draw).to(device, dtype)
+
+    operands = subject.operands(M, N, K, make)
+    if operands.seed is not None:
+        operands = operands._replace(seed=torch.randint(2**62, (), generator=draw))
+    g = _integers("g", (M, N + (K if spec.skip == "concat" else 0)), K, draw).to(device, dtype)
+    y, z, s, gradients = _truth(operands, spec, g)
+
+    if c.kernel == "forward":
+        got = layer.forward(operands, spec, dtype, c.tile, precision, True, spec.skip == "projection")
+        return _compare({"y": (got[0], y), "z": (got[1], z), "s": (got[2], s)})
+
+    every = everything(operands)
+    wanted = Wanted(*(name == "x" for name in Wanted._fields)) if c.kernel == "dx" else every._replace(x=False)
+    found = []
+    for recomputes in (False, True) if c.kernel == "dz" else (False,):
+        kept = (None, None) if recomputes else (z.to(dtype), None if s is None else s.to(dtype))
+        tiles = Tiles(c.tile, ANY_TILE if c.kernel == "dx" else c.tile, c.tile)
+        gradient = layer_backward.backward(g, operands, *kept, spec, wanted, tiles, precision)
+        pairs = {name: (t, gradients[name]) for name, t in gradient._asdict().items() if t is not None}
+        found += _compare(pairs, " recomputing z" if recomputes else "")
+    return found
+
+
+def _integers(name: str, shape: tuple[int, ...], depth: int, draw: torch.Generator) -> Tensor:
+    """Integers whose products over `depth` stay near 5, where fp16 and bf16 still count by one; scales are ± 1 or 2."""
+    if name in ("skip_scale", "branch_scale"):
+        return torch.tensor([-2.0, -1.0, 1.0, 2.0])[torch.randint(4, shape, generator=draw)]
+    values = torch.randint(-2, 3, shape, generator=draw).double()
+    if name in ("x", "weight", "projection_weight"):
+        density = min(1.0, (6 / depth) ** 0.5)
+        values *= torch.rand(shape, generator=draw) < density
+    return values
+
+
+def _truth(
+    operands: Operands, spec: LayerSpec, g: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor | None]]:
+    """y, z, s and every gradient from the reference in float64, which holds these integers exactly."""
+    wide = Operands(*(None if t is None else t.double().requires_grad_() for t in operands[:-1]), operands.seed)
+    y = reference.layer(wide, spec)
+    names = [name for name, t in wide._asdict().items() if t is not None and name != "seed"]
+    inputs = [getattr(wide, name) for name in names]
+    gradients = dict(zip(names, torch.autograd.grad(y, inputs, g.double(), allow_unused=True), strict=True))
+    z = F.linear(wide.x, wide.weight, wide.bias).detach()
+    s = None
+    if spec.skip == "projection":
+        s = F.linear(wide.x, wide.projection_weight, wide.projection_bias).detach()
+    for kept in (z, s):
+        if kept is not None and not torch.equal(kept, kept.to(operands.x.dtype).double()):
+            raise AssertionError("a kept z or s is not representable: draw smaller integers")
+    return y.detach(), z, s, gradients
+
+
+def _compare(pairs: dict[str, tuple[Tensor | None, Tensor | None]], when: str = "") -> list[str]:
+    found = []
+    for name, (got, truth) in pairs.items():
+        if truth is None:
+            continue
+        wrong = int((got != truth.to(got.dtype)).sum())  # NaN, which unwritten memory is filled with, differs too
+        if wrong:
+            found.append(f"{name}{when}: {wrong} of {truth.numel()} wrong")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- all cases
+
+
+def run(case: Case, seeds: int) -> tuple[Case, list[str]]:
+    """The case's mismatches over all seeds."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        return case, [f"seed {seed}: {text}" for seed in range(seeds) for text in mismatches(case, seed)]
+    except Exception as error:
+        return case, [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--quick", action="store_true", help="the largest tiles alone, on small sizes")
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="0: all in this process")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="leave out what is not begun by then")
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    options = parser.parse_args()
+
+    start = time.perf_counter()
+    modes = options.mode if HAS_GPU else [mode for mode in options.mode if mode != "bf16"]
+    if modes != options.mode:
+        print("bf16 is left out: Triton's interpreter computes its products wrongly")
+    chosen = [c for c in shipped(TARGET) if c.kernel in options.kernel and c.mode in modes]
+    if options.quick:
+        chosen = largest(chosen)
+    queue = cases(chosen, is_small=options.quick or not HAS_GPU)
+
+    found: dict[Case, list[str]] = {}
+    for case, wrong in _results(queue, options.seeds, options.jobs, start + options.budget_s):
+        found[case] = wrong
+        for text in wrong[:3]:
+            print(f"{case}: {text}", flush=True)
+        if len(found) % 100 == 0 or len(found) == len(queue):
+            print(f"{len(found)} of {len(queue)} cases in {time.perf_counter() - start:.0f} s", flush=True)
+
+    report: dict[str, dict[str, Any]] = {}
+    for case, wrong in found.items():
+        entry = report.setdefault(str(case.configuration), {"cases": 0, "failed": 0, "mismatches": []})
+        entry["cases"] += 1
+        entry["failed"] += bool(wrong)
+        entry["mismatches"] += [f"{case}: {text}" for text in wrong[:4]]
+    failed = sum(map(bool, found.values()))
+    summary = {
+        "device": torch.cuda.get_device_name() if HAS_GPU else "Triton's interpreter",
+        "seeds": options.seeds,
+        "cases": len(found),
+        "failed": failed,
+        "not_run": [str(case) for case in queue if case not in found],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    if options.out:
+        options.out.write_text(json.dumps(summary | {"configurations": report}, indent=1) + "\n")
+    print(", ".join(f"{key}: {len(value) if isinstance(value, list) else value}" for key, value in summary.items()))
+    return 1 if failed else 0
+
+
+def _results(queue: list[Case], seeds: int, jobs: int, deadline: float) -> Iterable[tuple[Case, list[str]]]:
+    """(case, mismatches) as they come: many processes, since most of the time goes into compiling."""
+    if jobs == 0:
+        for case in queue:
+            if time.perf_counter() > deadline:
+                return
+            yield run(case, seeds)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(run, case, seeds) for case in queue]
+        for future in as_completed(futures):
+            if time.perf_counter() > deadline:
+                pool.shutdown(cancel_futures=True, wait=False)
+                return
+            yield future.result()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

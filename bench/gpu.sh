@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell, in under ten minutes: bash bench/gpu.sh OUT
+#
+# A stage that fails or runs out of time is recorded in OUT/summary.json, and the next one runs. Needs no network and
+# no installation. FUSEDRES_DRY=1 runs small sizes without a GPU, to see that the script itself works; COMMIT names the
+# commit where there is no git history.
+set -u
+
+mkdir -p "${1:?usage: bash bench/gpu.sh OUT}"
+OUT=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
+if [ -z "${COMMIT:-}" ] && [ -f COMMIT ]; then COMMIT=$(cat COMMIT); fi
+export COMMIT=${COMMIT:-}
+TRITON_CACHE_DIR=$(mktemp -d)
+export TRITON_CACHE_DIR
+trap 'rm -rf "$TRITON_CACHE_DIR"' EXIT
+
+# the package reaches its kernels through a link, which a copy may have lost
+[ -f fusedres/kernels/config.py ] || { rm -rf fusedres/kernels && ln -s ../kernels fusedres/kernels; }
+
+STAGES=()
+stage() { # name, seconds, log, command...
+    local name=$1 limit=$2 log=$3 begin=$SECONDS rc
+    shift 3
+    echo "== $name" | tee -a "$OUT/$log"
+    timeout -k 5 "$limit" "$@" >>"$OUT/$log" 2>&1
+    rc=$?
+    STAGES+=("\"$name\": {\"rc\": $rc, \"seconds\": $((SECONDS - begin)), \"limit\": $limit}")
+    tail -n "${TAIL:-3}" "$OUT/$log"
+    summary
+}
+summary() {
+    local IFS=,
+    echo "{\"stages\": {${STAGES[*]}}, \"seconds\": $SECONDS}" >"$OUT/summary.json"
+}
+
+XDIST=()
+if "$PYTHON" -c "import xdist" 2>/dev/null; then XDIST=(-n 14); fi
+TEST=("$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider --continue-on-collection-errors)
+
+if [ "${FUSEDRES_DRY:-0}" = 1 ]; then
+    stage versions 60 versions.txt "$PYTHON" bench/timing.py
+    stage tests 120 tests.log "${TEST[@]}" tests/test_exact.py -k "ships or bare"
+    stage exact 120 run.log "$PYTHON" bench/exact.py --quick --seeds 1 --jobs 1 --mode fp32 --out "$OUT/exact.json"
+    stage layer 120 run.log "$PYTHON" bench/layer.py --device cpu --rows 64 --widths 16 --out "$OUT/layer.json"
+    stage overhead 120 run.log "$PYTHON" bench/overhead.py --device cpu --runs 5 --json "$OUT/overhead.json"
+else
+    stage versions 20 versions.txt "$PYTHON" bench/timing.py
+    # every option is a kernel of its own to compile; what is slow needs no GPU
+    stage tests 240 tests.log "${TEST[@]}" ${XDIST[@]+"${XDIST[@]}"} -m "not slow" tests
+    stage exact 90 run.log "$PYTHON" bench/exact.py --seeds 4 --budget-s 80 --out "$OUT/exact.json"
+    if command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck racecheck; do
+            stage $tool 30 sanitizer.log compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 \
+                "$PYTHON" bench/exact.py --quick --seeds 1 --jobs 0 --mode bf16 --budget-s 22
+        done
+    else
+        stage sanitizer 5 sanitizer.log sh -c "echo compute-sanitizer is not installed; exit 127"
+    fi
+    TAIL=24 stage layer 130 run.log "$PYTHON" bench/layer.py --budget-s 105 --out "$OUT/layer.json"
+    TAIL=24 stage overhead 25 run.log "$PYTHON" bench/overhead.py --runs 100 --json "$OUT/overhead.json"
+fi
+cat "$OUT/summary.json"

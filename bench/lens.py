@@ -1,0 +1,361 @@
+"""What every shipped kernel compiles to, without a GPU: registers, spills, shared memory, instructions that matter.
+
+    python bench/lens.py                                              every architecture
+    python bench/lens.py --arch sm_90 --tile 128,256,64,8,3           any tile, shipped or not
+
+Exits with 1 where a kernel spills registers, needs more shared memory than its chip has, or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)  # triton reads it as it defines kernels; interpreted ones do not compile
+os.environ["TRITON_DUMP_PTXAS_LOG"] = os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a kernel out of a cache has no log
+
+import torch
+import triton
+from configurations import KERNELS, MODES, Configuration, Layer, everything, largest, name, shipped
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedres.kernels.config import Tile, Tiles
+from fusedres.kernels.spec import LayerSpec
+from fusedres.kernels.triton import layer, layer_backward
+
+
+class Arch(NamedTuple):
+    target: GPUTarget
+    dispatch: str  # what dispatch calls it
+    shared: int  # bytes of shared memory that one program can have
+
+
+ARCHES = {
+    "sm_80": Arch(GPUTarget("cuda", 80, 32), "cuda", 163 * 1024),
+    "sm_90": Arch(GPUTarget("cuda", 90, 32), "cuda", 227 * 1024),
+    "sm_100": Arch(GPUTarget("cuda", 100, 32), "cuda", 227 * 1024),
+    "gfx942": Arch(GPUTarget("hip", "gfx942", 64), "hip", 64 * 1024),
+}
+NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+ALIGNED, RAGGED = 1024, 1003  # widths: multiples of 16, which kernels are specialised for, and not
+
+# by what they are: one product and a skip; everything that a kernel can do at once, backward recomputing z
+PLAIN, HEAVY = "plain", "heavy"
+
+
+class Job(NamedTuple):
+    """One kernel to compile."""
+
+    arch: str
+    configuration: Configuration
+    activation: str = "gelu"
+    load: str = HEAVY
+
+    def __str__(self) -> str:
+        return f"{self.arch} {self.configuration} {self.load} {self.activation}"
+
+
+class Finding(NamedTuple):
+    """What a kernel compiled to. Bytes are per thread, shared memory per program; counts are of instructions."""
+
+    registers: int = 0
+    spilled: int = 0  # bytes that registers had no room for
+    local: int = 0  # bytes of arrays in local memory, such as sin's slow path has
+    shared: int = 0
+    products: int = 0  # on matrix units
+    from_registers: int = 0  # Hopper's, whose operand A is in registers
+    serialized: bool = False  # ptxas could not keep Hopper's products in flight
+    bulk_copies: int = 0  # TMA
+    async_copies: int = 0
+    loads: int = 0
+    wide_loads: int = 0  # of 16 bytes
+    local_memory: int = 0  # loads and stores
+    error: str = ""
+
+    def faults(self, arch: str) -> str:
+        limit = ARCHES[arch].shared
+        return ", ".join(
+            text
+            for text, is_so in (
+                (self.error, self.error),
+                (f"spills {self.spilled} bytes", self.spilled > 0),
+                (f"needs {self.shared} bytes of shared memory, has {limit}", self.shared > limit),
+            )
+            if is_so
+        )
+
+
+# ---------------------------------------------------------------------------------------------- what to compile
+
+
+def jobs(arch: str, configurations: list[Configuration], is_quick: bool) -> Iterator[Job]:
+    """The heaviest kernel of every tile; of the largest, ragged and plain kernels and costly activations too.
+
+    On sm_90 a plain kernel of every tile, unless quick. fp16 compiles to what bf16 does, so its largest tiles suffice.
+    """
+    heaviest = {(c.kernel, c.mode, c.is_ragged, c.tile): c for c in configurations}  # of equals, with a projection
+    large = set(largest(configurations))
+    for (kernel, mode, is_ragged, _), c in heaviest.items():
+        is_largest = c in large or c._replace(has_projection=False) in large
+        if not is_largest and (mode == "fp16" or is_ragged):
+            continue
+        yield Job(arch, c)
+        if is_ragged:
+            continue
+        if is_largest or (arch == "sm_90" and not is_quick):
+            plain = c._replace(has_projection=False)
+            yield Job(arch, plain if plain in configurations else c, load=PLAIN)
+        if is_largest and kernel != "dx" and mode != "fp16":
+            yield from (Job(arch, c, activation) for activation in ("gelu_tanh", "sin"))
+
+
+# ---------------------------------------------------------------------------------------------- compiling
+
+
+Launch = tuple[Any, tuple, dict[str, Any]]  # kernel, arguments, keyword arguments
+
+
+def compile_job(job: Job) -> tuple[Job, Finding]:
+    c = job.configuration
+    dtype, precision = MODES[c.mode]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            width, keeps = (RAGGED if c.is_ragged else ALIGNED), job.load == PLAIN
+            found = launches(_layer(job), dtype, precision, c.tile, width, keeps)
+            built = compiled(found[c.kernel], ARCHES[job.arch], c.is_ragged)
+    except Exception as error:
+        return job, Finding(error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    read = _read_amdgcn if "amdgcn" in built.asm else _read_cubin
+    return job, read(built, log.getvalue())
+
+
+def compiled(launch: Launch, arch: Arch, is_ragged: bool) -> Any:
+    """The kernel with the arguments that its launcher gives it, specialised as Triton would specialise a call."""
+    kernel, args, kwargs = launch
+    options = {option: kwargs.pop(option) for option in ("num_warps", "num_stages")}
+    values = dict(zip(kernel.arg_names, args, strict=False), **kwargs)
+    divisible = [["tt.divisibility", 16]]
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list] = {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            if not is_ragged:
+                attributes[(i,)] = divisible + ([["tt.pointer_range", 32]] if arch.dispatch == "hip" else [])
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize and not is_ragged:
+                attributes[(i,)] = divisible
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=arch.target, options=options)
+
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def launches(
+    subject: Layer, dtype: torch.dtype, precision: str, tile: Tile, width: int, keeps: bool
+) -> dict[str, Launch]:
+    """The launches of a layer [4096, width] -> [4096, width], by kernel, caught on their way to a GPU."""
+    caught: dict[str, Launch] = {}
+
+    def catch(name: str, kernel: Any) -> Any:
+        def grid(_: object) -> Callable[..., None]:
+            return lambda *args, **kwargs: caught.update({name: (kernel, args, kwargs)})
+
+        return mock.MagicMock(__getitem__=mock.Mock(side_effect=grid))
+
+    def make(_: str, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    operands, spec = subject.operands(4096, width, width, make), subject.spec
+    with (
+        mock.patch.object(layer, "_forward_kernel", catch("forward", layer._forward_kernel)),
+        mock.patch.object(layer_backward, "_dz_kernel", catch("dz", layer_backward._dz_kernel)),
+        mock.patch.object(layer_backward, "_dx_kernel", catch("dx", layer_backward._dx_kernel)),
+    ):
+        y, z, s = layer.forward(operands, spec, dtype, tile, precision, True, spec.skip == "projection")
+        z, s = (z, s) if keeps else (None, None)
+        wanted = everything(operands)
+        layer_backward.backward(y, operands, z, s, spec, wanted, Tiles(tile, tile, tile), precision)
+    return caught
+
+
+def _layer(job: Job) -> Layer:
+    has_projection = job.configuration.has_projection
+    if job.load == PLAIN:
+        return Layer(LayerSpec(job.activation, skip="projection" if has_projection else "identity"))
+    spec = LayerSpec(job.activation, order="post", skip="projection" if has_projection else "residual", drop_path=0.1)
+    if job.configuration.kernel == "dx" and not has_projection:  # where a residual is given, dx is a product alone
+        spec = spec._replace(order="pre", skip="identity")
+    return Layer(spec, is_learned=True, has_residual=spec.skip == "residual")
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def _read_cubin(compiled: Any, log: str) -> Finding:
+    """ptxas's own account of registers and spills, and the machine code's instructions."""
+    stack, spilled = (int(n) for n in re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log).groups())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([NVDISASM, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    # "/*0df0*/  @P0 HGMMA.64x64x16.F32.BF16 R56, gdesc[UR4].tnspB, R56 ;" or, A in registers, "R56, R88, gdesc[UR4] …"
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", sass, re.M)
+    counts: dict[str, Any] = Counter()
+    for instruction, arguments in code:
+        stem = instruction.split(".")[0]
+        counts["products"] += stem in ("HMMA", "HGMMA") or bool(re.fullmatch(r"UTC[A-Z]*MMA", stem))
+        counts["from_registers"] += stem == "HGMMA" and bool(re.match(r"R\w+,\s*R\d", arguments))
+        counts["bulk_copies"] += stem in ("UTMALDG", "UTMASTG", "UBLKCP")
+        counts["async_copies"] += stem == "LDGSTS"
+        counts["loads"] += stem == "LDG"
+        counts["wide_loads"] += stem == "LDG" and ".128" in instruction
+        counts["local_memory"] += stem in ("LDL", "STL")
+    return Finding(
+        registers=int(re.search(r"Used (\d+) registers", log)[1]),
+        spilled=spilled,
+        local=max(0, stack - spilled),
+        shared=compiled.metadata.shared,
+        serialized="wgmma.mma_async instructions are serialized" in log,
+        **counts,
+    )
+
+
+def _read_amdgcn(compiled: Any, log: str) -> Finding:
+    """The assembly's metadata and instructions. Scalar registers spill into vector ones, which costs no memory."""
+    text = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        return int(re.search(rf"^\s+\.{key}:\s+(\d+)", text, re.M)[1])
+
+    def count(pattern: str) -> int:
+        return len(re.findall(rf"^\s+(?:{pattern})", text, re.M))
+
+    scratch, spills = number("private_segment_fixed_size"), 4 * number("vgpr_spill_count")
+    return Finding(
+        registers=number("vgpr_count"),
+        spilled=spills,
+        local=max(0, scratch - spills),
+        shared=compiled.metadata.shared,
+        products=count("v_mfma"),
+        async_copies=count(r"(?:buffer|global)_load\w* .*\blds\b"),
+        loads=count("(?:buffer|global)_load"),
+        wide_loads=count("(?:buffer|global)_load_dwordx4"),
+        local_memory=count("scratch_"),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- reporting
+
+COLUMNS = {
+    "regs": "registers",
+    "spill B": "spilled",
+    "local B": "local",
+    "shared B": "shared",
+    "mma": "products",
+    "mma A=reg": "from_registers",
+    "serial": "serialized",
+    "bulk": "bulk_copies",
+    "async": "async_copies",
+    "loads": "loads",
+    "16 B": "wide_loads",
+    "LDL/STL": "local_memory",
+}
+
+
+def table(findings: dict[Job, Finding]) -> str:
+    header = f"{'kernel':<8}{'mode':<5}{'tile':<17}{'skip':<11}{'widths':<8}{'load':<6}{'φ':<10}"
+    lines = []
+    for arch in dict.fromkeys(job.arch for job in findings):
+        lines += ["", f"{arch}", header + " ".join(f"{title:>8}" for title in COLUMNS)]
+        for job, found in findings.items():
+            if job.arch != arch:
+                continue
+            c = job.configuration
+            skip, widths = "projection" if c.has_projection else "tensor", "ragged" if c.is_ragged else "aligned"
+            left = f"{c.kernel:<8}{c.mode:<5}{name(c.tile):<17}{skip:<11}{widths:<8}{job.load:<6}{job.activation:<10}"
+            right = found.error or " ".join(f"{int(getattr(found, field)):>8}" for field in COLUMNS.values())
+            lines.append(left + right)
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=ARCHES, help="default: all; with --quick, sm_90")
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--aligned", action="store_true", help="leave out widths that are no multiples of 16")
+    parser.add_argument("--tile", metavar="M,N,K,WARPS,STAGES", help="this tile in the place of the shipped ones")
+    parser.add_argument("--quick", action="store_true", help="sm_90, and plain kernels of the largest tiles alone")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+
+    start = time.perf_counter()
+    widths = (False,) if options.aligned else (False, True)
+    queue: list[Job] = []
+    for arch in options.arch or (["sm_90"] if options.quick else ARCHES):
+        if options.tile:
+            tile = Tile(*map(int, options.tile.split(",")))
+            queue += [
+                Job(arch, Configuration(kernel, mode, has_projection, is_ragged, tile), load=load)
+                for kernel, mode in product(options.kernel, options.mode)
+                for has_projection, is_ragged, load in product((False, True), widths, (PLAIN, HEAVY))
+            ]
+        else:
+            every = [c for c in shipped(ARCHES[arch].dispatch) if c.is_ragged in widths]
+            chosen = [c for c in every if c.kernel in options.kernel and c.mode in options.mode]
+            queue += jobs(arch, chosen, options.quick)
+
+    found: dict[Job, Finding] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(compile_job, job) for job in queue]):
+                job, found[job] = future.result()
+                if len(found) % 50 == 0 or len(found) == len(queue):
+                    done = f"{len(found)} of {len(queue)} kernels"
+                    print(f"compiled {done} in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    found = {job: found[job] for job in queue}
+
+    print(table(found))
+    failures = {str(job): faults for job, finding in found.items() if (faults := finding.faults(job.arch))}
+    if options.json:
+        rows = [{**job._asdict(), **job.configuration._asdict(), **finding._asdict()} for job, finding in found.items()]
+        kernels = ",\n".join(json.dumps({k: v for k, v in row.items() if k != "configuration"}) for row in rows)
+        record = f'"triton": "{triton.__version__}", "failures": {json.dumps(failures)}, "kernels": [\n{kernels}\n]'
+        options.json.write_text(f"{{{record}}}\n")
+    print(f"\n{len(found)} kernels in {time.perf_counter() - start:.0f} s, {len(failures)} at fault")
+    for which, faults in failures.items():
+        print(f"    {which}: {faults}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

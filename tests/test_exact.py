@@ -1,0 +1,27 @@
+"""Kernels on integers, where every result is exact and has to be equal: each shipped tile, at its ragged edges."""
+
+import pytest
+from configurations import KERNELS, MODES, largest, shipped
+from exact import HAS_GPU, TARGET, Case, cases, mismatches
+
+
+def _cases() -> list[Case]:
+    """Natively the largest tiles, since each is a compilation (`bench/exact.py` does all); interpreted, every tile."""
+    chosen = [c for c in shipped(TARGET) if HAS_GPU or c.mode in ("fp32", "fp16")]  # bf16 wrong, tf32 ignored there
+    if HAS_GPU:
+        chosen = largest(chosen)
+    else:
+        few = set(largest(chosen))
+        chosen = [c for c in chosen if c in few or c.is_ragged]
+    return cases(chosen, is_small=True)
+
+
+@pytest.mark.parametrize("case", _cases(), ids=str)
+def test_every_element_is_exact(case):
+    assert mismatches(case, seed=0) == []
+
+
+def test_every_kernel_and_mode_ships():
+    found = shipped(TARGET)
+    assert {c.kernel for c in found} == set(KERNELS)
+    assert {c.mode for c in found} == set(MODES)

@@ -1,0 +1,41 @@
+"""No shipped kernel spills on sm_90, and the lens that says so sees a spill where there is one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.slow
+
+
+def lens(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "bench/lens.py", "--jobs", str(os.cpu_count()), *arguments]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+
+
+def test_no_shipped_kernel_spills(tmp_path):
+    run = lens("--quick", "--json", tmp_path / "lens.json")
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    kernels = json.loads((tmp_path / "lens.json").read_text())["kernels"]
+    assert {k["kernel"] for k in kernels} == {"forward", "dz", "dx"}
+    assert {k["mode"] for k in kernels} == {"fp32", "tf32", "fp16", "bf16"}
+    for mode in ("tf32", "fp16", "bf16"):
+        assert all(k["products"] > 0 for k in kernels if k["mode"] == mode and k["kernel"] != "dz")  # matrix units
+
+
+def test_a_tile_too_large_for_the_registers_is_found():
+    run = lens("--arch", "sm_90", "--tile", "128,256,64,8,3", "--kernel", "forward", "--mode", "bf16", "--aligned")
+    assert run.returncode == 1
+    assert "forward-bf16-tensor-aligned-128x256x64-w8-s3 plain gelu: spills" in run.stdout
+
+
+def test_a_tile_too_large_for_shared_memory_is_found():
+    run = lens("--arch", "sm_80", "--tile", "128,128,64,8,7", "--kernel", "dx", "--mode", "bf16", "--aligned")
+    assert run.returncode == 1
+    assert "bytes of shared memory, has 166912" in run.stdout
