@@ -62,7 +62,7 @@ MUTATIONS = {
         "dx += scale(lam_ptr, lam) * load(",
         "dx += load(",
     ),
-    "dλ sums the branch": Mutation("kernels/triton/layer_backward.py", "in_n, g * s)", "in_n, g * dz)"),
+    "dλ sums the branch": Mutation("kernels/triton/layer_backward.py", "in_n, g * s)", "in_n, g * g)"),
     "a row tile lost from db": Mutation("kernels/triton/layer_backward.py", "partial.sum(1)", "partial[:, :1].sum(1)"),
     "post slope at z": Mutation(
         "kernels/triton/layer_backward.py", "g *= slope(v, ACTIVATION)", "g *= slope(z, ACTIVATION)"

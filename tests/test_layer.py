@@ -31,7 +31,7 @@ def check(case: Case, device: str, gradient=None) -> None:
 
 def terms_of(case: Case, y: Tensor, entries: Tensor) -> float:
     """How many terms near one an entry sums up; kept rows count 1 / (1 - p) times as much as their share 1 - p."""
-    return y.numel() / max(entries.numel(), 1) / (1 - case.drop_path)
+    return max(1.0, y.numel() / max(entries.numel(), 1)) / (1 - case.drop_path)
 
 
 def named(activation: str) -> dict[str, str]:

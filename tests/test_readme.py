@@ -1,0 +1,23 @@
+"""The README's examples run as printed, one after the other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_examples_run(tmp_path, monkeypatch, capsys):
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert len(examples) == 2
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for example in examples:
+        smaller = example.replace("4096, 64", "8, 64")  # the interpreter's patience
+        exec(compile(smaller, str(README), "exec"), names)
+    printed = capsys.readouterr().out
+    assert "[8, 256] -> [8, 256] torch.float32: triton" in printed
+    assert "6 of 6 layers take a skip" in printed
+    assert "12 of 13 layers take a skip" in printed
+    assert (tmp_path / "gradients.png").stat().st_size > 10_000
