@@ -42,8 +42,10 @@ class Triton:
 
 
 class _Switches:
-    force_eager = False
-    batch_invariant = False
+    """How many blocks, of all threads, are in force."""
+
+    force_eager = 0
+    batch_invariant = 0
 
 
 def choose(device: torch.device, dtype: torch.dtype, is_empty: bool) -> Eager | Triton:
@@ -113,10 +115,10 @@ def _backend(device_type: str, index: int | None, dtype: torch.dtype, is_interpr
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 products multiply: ieee, or tf32 where torch.set_float32_matmul_precision allows it."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    """How fp32 products multiply: ieee, or tf32 where torch's settings, old or new, allow it on this kind of GPU."""
+    if dtype != torch.float32 or torch.version.hip:  # Triton knows tf32 on one AMD chip alone
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def layer_tiles(operands: Operands, spec: LayerSpec, dtype: torch.dtype, target: str) -> Tiles:
@@ -181,7 +183,7 @@ def _power_of_two(size: int, smallest: int, largest: int) -> int:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Within it every call takes the reference formula, in PyTorch's own operations."""
+    """Within it every call, of any thread, takes the reference formula, in PyTorch's own operations."""
     with _switched("force_eager"):
         yield
 
@@ -197,14 +199,13 @@ def batch_invariant() -> Iterator[None]:
 
 
 def is_batch_invariant() -> bool:
-    return _Switches.batch_invariant
+    return _Switches.batch_invariant > 0
 
 
 @contextmanager
 def _switched(name: str) -> Iterator[None]:
-    before = getattr(_Switches, name)
-    setattr(_Switches, name, True)
+    setattr(_Switches, name, getattr(_Switches, name) + 1)
     try:
         yield
     finally:
-        setattr(_Switches, name, before)
+        setattr(_Switches, name, getattr(_Switches, name) - 1)

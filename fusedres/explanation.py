@@ -55,7 +55,7 @@ class Explanation(tuple[Call, ...]):
 
 
 _listener: list[Call] | None = None
-_name = ""
+_names: list[str] = []  # of the modules that a call is inside of, innermost last
 
 
 def is_listening() -> bool:
@@ -69,7 +69,7 @@ def note(choice: Eager | Triton, operands: Operands, spec: LayerSpec, dtype: tor
     chosen = None
     if isinstance(choice, Triton):
         chosen = dispatch.layer_tiles(operands, spec, dtype, choice.target)
-    _listener.append(Call(_name, M, N, K, dtype, spec, choice, chosen))
+    _listener.append(Call(_names[-1] if _names else "", M, N, K, dtype, spec, choice, chosen))
 
 
 def explain(module_or_call: Callable[..., object], *args: Tensor, **kwargs: object) -> Explanation:
@@ -82,8 +82,8 @@ def explain(module_or_call: Callable[..., object], *args: Tensor, **kwargs: obje
     hooks, buffers = [], []
     if isinstance(module_or_call, nn.Module):
         for name, module in module_or_call.named_modules():
-            hooks.append(module.register_forward_pre_hook(_naming(name)))
-            hooks.append(module.register_forward_hook(_naming("")))
+            hooks.append(module.register_forward_pre_hook(_entering(name)))
+            hooks.append(module.register_forward_hook(_leaving))
         buffers = [(buffer, buffer.clone()) for buffer in module_or_call.buffers()]
     devices = {value.device for value in args if isinstance(value, Tensor) and value.is_cuda}
     before, _listener = _listener, calls
@@ -92,6 +92,7 @@ def explain(module_or_call: Callable[..., object], *args: Tensor, **kwargs: obje
             module_or_call(*args, **kwargs)
     finally:
         _listener = before
+        _names.clear()
         for hook in hooks:
             hook.remove()
         with torch.no_grad():
@@ -109,9 +110,9 @@ def _uncompiled() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager")
 
 
-def _naming(name: str) -> Callable[..., None]:
-    def hook(*_: object) -> None:
-        global _name
-        _name = name.removeprefix("_orig_mod.")
+def _entering(name: str) -> Callable[..., None]:
+    return lambda *_: _names.append(name.removeprefix("_orig_mod."))
 
-    return hook
+
+def _leaving(*_: object) -> None:
+    _names.pop()

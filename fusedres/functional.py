@@ -86,7 +86,8 @@ def layer(
     if dispatch.is_batch_invariant():
         spec = spec._replace(batch_invariant=True)
 
-    choice = dispatch.choose(x.device, autocast or x.dtype, x.numel() == 0 or weight.numel() == 0)
+    is_empty = x.numel() == 0 or weight.numel() == 0 or (residual is not None and residual.numel() == 0)
+    choice = dispatch.choose(x.device, autocast or x.dtype, is_empty)
     if explanation.is_listening():
         explanation.note(choice, given, spec, autocast or x.dtype)
     if spec.drop_path > 0:

@@ -81,6 +81,7 @@ def _forward(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[Tensor, T
     """y [..., C]; z and s [M, N] where keep and backward will read them, else None."""
     from .kernels.triton import layer
 
+    operands = _resolved(operands)
     x = operands.x
     target = _target(x)
     _refuse_capture(operands, spec)
@@ -102,11 +103,13 @@ def _backward(
 ) -> Gradients:
     from .kernels.triton import layer_backward
 
+    operands = _resolved(operands)
     x, residual = operands.x, operands.residual
     target = _target(x)
+    _refuse_capture(operands, spec)
     with torch.cuda.device_of(x):
         gradients = layer_backward.backward(
-            g.reshape(-1, g.shape[-1]),
+            g.resolve_neg().reshape(-1, g.shape[-1]),
             _as_matrices(operands),
             z,
             s,
@@ -119,6 +122,11 @@ def _backward(
         x=None if gradients.x is None else gradients.x.reshape(x.shape),
         residual=None if gradients.residual is None else gradients.residual.reshape(residual.shape),
     )
+
+
+def _resolved(operands: Operands) -> Operands:
+    """Tensors whose memory says what they are: a kernel does not see the sign that a lazy negation keeps aside."""
+    return Operands(*[t if t is None or not t.is_neg() else t.resolve_neg() for t in operands])
 
 
 def _refuse_capture(operands: Operands, spec: LayerSpec) -> None:

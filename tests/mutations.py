@@ -63,7 +63,9 @@ MUTATIONS = {
         "dx += load(",
     ),
     "dλ sums the branch": Mutation("kernels/triton/layer_backward.py", "in_n, g * s)", "in_n, g * g)"),
-    "a row tile lost from db": Mutation("kernels/triton/layer_backward.py", "partial.sum(1)", "partial[:, :1].sum(1)"),
+    "a row tile lost from db": Mutation(
+        "kernels/triton/layer_backward.py", "part[:, columns[name]].sum(0)", "part[:1, columns[name]].sum(0)"
+    ),
     "post slope at z": Mutation(
         "kernels/triton/layer_backward.py", "g *= slope(v, ACTIVATION)", "g *= slope(z, ACTIVATION)"
     ),
@@ -73,6 +75,7 @@ MUTATIONS = {
         "g = drop_rows(g, m + 1, seed",
         "test_layer.py -k stochastic",
     ),
+    "lazy negation ignored": Mutation("fusedres/ops.py", "not t.is_neg() else", "True else"),
     "Philox key schedule": Mutation("fusedres/philox.py", "0xBB67AE85", "0xBB67AE84", "test_philox.py"),
     "kernel Philox counter": Mutation(
         "kernels/triton/philox.py", "low = (m & 0xFFFFFFFF)", "low = ((m + 1) & 0xFFFFFFFF)", "test_philox.py"

@@ -195,3 +195,42 @@ def test_fp32_products_follow_the_matmul_precision(allowed, device):
             check(Case(RAGGED), device)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_lazily_negated_tensors_keep_their_sign(device):
+    """torch keeps the sign of conj().imag aside from the memory that a kernel reads."""
+    x, weight, bias, g = (
+        torch._neg_view(torch.randn(*shape, device=device)) for shape in ((9, 16), (16, 16), (16,), (9, 16))
+    )
+    assert all(t.is_neg() for t in (x, weight, bias, g))
+    dense = [t.resolve_neg().clone().requires_grad_() for t in (x, weight, bias)]
+    lazy = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    outcomes = []
+    for tensors, gradient in ((lazy, g), (dense, g.resolve_neg())):
+        y = fusedres.functional.residual_linear(*tensors)
+        outcomes.append([y, *torch.autograd.grad(y, tensors, gradient)])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_gradients_share_no_memory(device):
+    tensors = Case(RAGGED, skip_scale="scalar", branch_scale="channel").tensors(device)
+    y = fusedres.functional.residual_linear(**tensors)
+    found = torch.autograd.grad(y.sum(), list(tensors.values()))
+    assert len({t.untyped_storage().data_ptr() for t in found}) == len(found)
+
+
+def test_concat_with_a_residual_of_no_width(device):
+    x, weight = torch.randn(5, 8, device=device), torch.randn(16, 8, device=device)
+    y = fusedres.functional.residual_linear(x, weight, residual=torch.randn(5, 0, device=device), skip="concat")
+    assert y.shape == (5, 16)
+
+
+def test_tf32_allowed_by_torchs_newer_setting(device):
+    """After it, torch.get_float32_matmul_precision raises."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert fusedres.dispatch.precision(torch.float32) == "tf32"
+        fusedres.functional.residual_linear(torch.randn(3, 8, device=device), torch.randn(8, 8, device=device))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")

@@ -436,3 +436,19 @@ def test_training_can_be_captured_as_a_graph(device):
     layer.weight.grad.zero_()
     graph.replay()
     assert torch.equal(layer.weight.grad, expected)
+
+
+def test_overlapping_eager_blocks_leave_nothing_in_force():
+    first, second = fusedres.eager(), fusedres.eager()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert isinstance(dispatch.choose(torch.device("cpu"), torch.float32, False), Eager)
+    second.__exit__(None, None, None)
+    assert dispatch._Switches.force_eager == 0
+
+
+def test_explain_names_a_parametrized_layer(device, capsys):
+    layer = nn.utils.parametrizations.weight_norm(FusedResidualLinear(6, device=device))
+    (call,) = fusedres.explain(nn.Sequential(layer), torch.randn(3, 6, device=device))
+    assert call.name == "0"

@@ -209,12 +209,9 @@ def _dz(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
-    sums = dict(zip(names, partial.sum(1).unbind(), strict=True))
-    return (
-        dz,
-        ds,
-        {name: total[:S] if is_concat and name == "skip_scale" else total[S:] for name, total in sums.items()},
-    )
+    # each sum in memory of its own: gradients that shared theirs would share its version, and its file when saved
+    columns = {name: slice(S) if is_concat and name == "skip_scale" else slice(S, None) for name in names}
+    return dz, ds, {name: part[:, columns[name]].sum(0) for name, part in into.items()}
 
 
 def needs_skip(spec: LayerSpec, wants_skip_scale: bool) -> bool:
