@@ -147,7 +147,7 @@ def _kept(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[bool, bool]:
     """Whether forward writes z, and a projected skip: where backward reads them and the caller chose keeping."""
     keep = keep and not spec.recompute
     keeps_z = keep and (spec.activation != "none" or operands.branch_scale is not None)
-    is_read = operands.skip_scale is not None or (spec.order == "post" and spec.activation != "none")
+    is_read = operands.skip_scale is not None or spec.activates_sum
     return keeps_z, keep and spec.skip == "projection" and is_read
 
 
@@ -174,7 +174,7 @@ def _target(x: Tensor) -> str:
 def _saved(operands: Sequence[Any], spec: LayerSpec) -> Sequence[Any]:
     """What backward reads of the operands: a residual whose value does not matter to it is let go, as eager's is."""
     given = Operands(*operands)
-    reads_residual = given.skip_scale is not None or (spec.order == "post" and spec.activation != "none")
+    reads_residual = given.skip_scale is not None or spec.activates_sum
     if given.residual is None or reads_residual:
         return operands
     return given._replace(residual=given.residual.new_empty(()).expand(given.residual.shape))
@@ -188,8 +188,7 @@ def _split(saved: Sequence[Any]) -> tuple[Operands, Tensor | None, Tensor | None
 
 def _skip_passes_through(operands: Operands, spec: LayerSpec) -> bool:
     """Whether the residual's gradient is g itself, which then need not pass through a kernel."""
-    is_sum = spec.order == "pre" or spec.activation == "none"
-    return spec.skip == "residual" and is_sum and operands.skip_scale is None and spec.skip_scale == 1.0
+    return spec.skip == "residual" and not spec.activates_sum and operands.skip_scale is None and spec.skip_scale == 1.0
 
 
 def _differentiate(call: Any, g: Tensor, saved: Sequence[Any], spec: LayerSpec, needs: Sequence[bool]) -> tuple:

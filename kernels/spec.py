@@ -40,6 +40,11 @@ class LayerSpec(NamedTuple):
     batch_invariant: bool = False  # one tile class, whatever the number of rows
 
     @property
+    def activates_sum(self) -> bool:
+        """Whether a slope stands between y and the sum of skip and branch."""
+        return self.order == "post" and self.activation != "none"
+
+    @property
     def drop_threshold(self) -> int:
         """The integer below which a 32-bit word drops its row."""
         return round(self.drop_path * 2**32)

@@ -218,7 +218,7 @@ def needs_skip(spec: LayerSpec, wants_skip_scale: bool) -> bool:
     """Whether the dz kernel reads s: for φ' behind the addition, or for dλ (with concat, other programs do that)."""
     if spec.skip in ("none", "concat"):
         return False
-    return wants_skip_scale or (spec.order == "post" and spec.activation != "none")
+    return wants_skip_scale or spec.activates_sum
 
 
 def _writes_ds(g: Tensor, operands: Operands, spec: LayerSpec, wanted: Wanted) -> bool:
@@ -230,7 +230,7 @@ def _writes_ds(g: Tensor, operands: Operands, spec: LayerSpec, wanted: Wanted) -
         differs = operands.skip_scale is not None or spec.skip_scale != 1.0
     else:
         differs = spec.skip == "projection" and g.dtype != operands.x.dtype
-    return wants and (differs or (spec.order == "post" and spec.activation != "none"))
+    return wants and (differs or spec.activates_sum)
 
 
 def _dx(
