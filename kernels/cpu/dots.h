@@ -1,0 +1,274 @@
+// Few rows: every number is a dot product of a row of h and a row of W, which is read once, as it lies.
+#pragma once
+
+#include "blocks.h"
+
+namespace fusedres {
+
+constexpr int64_t MOST_DOT_ROWS = 4;
+
+// W numbers from `from` on, widened; `count` of them where there are fewer, and zeros.
+template <class T>
+inline Vector<Compute<T>> load_wide(const T *from) {
+    using C = Compute<T>;
+    if constexpr (std::is_same_v<T, C>) {
+        return load(from);
+    } else {
+        typedef uint16_t Bits __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+        typedef uint32_t WideBits __attribute__((vector_size(VECTOR_BYTES)));
+        WideBits bits = __builtin_convertvector(*reinterpret_cast<const Bits *>(from), WideBits) << 16;
+        return reinterpret_cast<Vector<C>>(bits);
+    }
+}
+template <class T>
+inline Vector<Compute<T>> load_some(const T *from, int64_t count) {
+    Vector<Compute<T>> some = {};
+    for (int64_t i = 0; i < count; i++) some[i] = wide(from[i]);
+    return some;
+}
+
+// z [ROWS][ldz]: columns [n, n + W / ROWS) of h Wᵀ. h [ROWS][ldh] in C, its rows followed by zeros up to a vector.
+template <class T, int ROWS>
+inline void some_dots(int64_t K, int64_t columns, const T *weight, const Compute<T> *h, int64_t ldh, Compute<T> *z,
+                      int64_t ldz) {
+    using C = Compute<T>;
+    constexpr int W = LANES<C>, COUNT = W / ROWS;
+    Vector<C> sums[W] = {};
+    const T *of[COUNT];
+    for (int j = 0; j < COUNT; j++) of[j] = weight + std::min<int64_t>(j, columns - 1) * K;
+    int64_t k = 0;
+    for (; k + W <= K; k += W)
+#pragma GCC unroll 16
+        for (int j = 0; j < COUNT; j++) {
+            Vector<C> w = load_wide(of[j] + k);
+#pragma GCC unroll 4
+            for (int m = 0; m < ROWS; m++) sums[m * COUNT + j] += w * load(h + m * ldh + k);
+        }
+    if (k < K)
+        for (int j = 0; j < COUNT; j++) {
+            Vector<C> w = load_some(of[j] + k, K - k);
+            for (int m = 0; m < ROWS; m++) sums[m * COUNT + j] += w * load(h + m * ldh + k);
+        }
+    Vector<C> total = sums_of<C>(sums);
+    for (int m = 0; m < ROWS; m++)
+        for (int64_t j = 0; j < columns; j++) z[m * ldz + j] = total[m * COUNT + j];
+}
+
+// Columns [begin, end) of z = h Wᵀ, z [M][N].
+template <class T, int ROWS>
+void dots_of(int64_t K, const T *weight, const Compute<T> *h, int64_t ldh, Compute<T> *z, int64_t N, int64_t begin,
+             int64_t end) {
+    constexpr int COUNT = LANES<Compute<T>> / ROWS;
+    for (int64_t n = begin; n < end; n += COUNT)
+        some_dots<T, ROWS>(K, std::min<int64_t>(COUNT, end - n), weight + n * K, h, ldh, z + n, N);
+}
+
+template <class T>
+void dots(int64_t M, int64_t K, const T *weight, const Compute<T> *h, int64_t ldh, Compute<T> *z, int64_t N,
+          int64_t begin, int64_t end) {
+    for (; M >= 2; M -= 2, h += 2 * ldh, z += 2 * N) dots_of<T, 2>(K, weight, h, ldh, z, N, begin, end);
+    if (M) dots_of<T, 1>(K, weight, h, ldh, z, N, begin, end);
+}
+
+// dh [M][K] += dz W for columns [begin, end) of K; dz [M][lddz]
+template <class T>
+void rows_of_weight(int64_t M, int64_t N, int64_t K, const Compute<T> *dz, int64_t lddz, const T *weight, Compute<T> *dh,
+                    int64_t begin, int64_t end) {
+    using C = Compute<T>;
+    for (int64_t m = 0; m < M; m++) {
+        C *__restrict to = dh + m * K;
+        int64_t n = 0;
+        for (; n + 4 <= N; n += 4) {
+            const T *__restrict w = weight + n * K;
+            const C *d = dz + m * lddz + n;
+            for (int64_t k = begin; k < end; k++)
+                to[k] += d[0] * wide(w[k]) + d[1] * wide(w[k + K]) + d[2] * wide(w[k + 2 * K]) + d[3] * wide(w[k + 3 * K]);
+        }
+        for (; n < N; n++)
+            for (int64_t k = begin; k < end; k++) to[k] += dz[m * lddz + n] * wide(weight[n * K + k]);
+    }
+}
+
+// Rows [begin, end) of dW [N, K] = dzᵀ h
+template <class T>
+void outer_products(int64_t M, int64_t K, const Compute<T> *dz, int64_t lddz, const Compute<T> *h, int64_t ldh, T *dweight,
+                    int64_t begin, int64_t end, Compute<T> *__restrict line) {
+    for (int64_t n = begin; n < end; n++) {
+        T *__restrict to = dweight + n * K;
+        if (M == 1) {
+            for (int64_t k = 0; k < K; k++) to[k] = narrow<T>(dz[n] * h[k]);
+            continue;
+        }
+        for (int64_t k = 0; k < K; k++) line[k] = dz[n] * h[k];
+        for (int64_t m = 1; m < M; m++)
+            for (int64_t k = 0; k < K; k++) line[k] += dz[m * lddz + n] * h[m * ldh + k];
+        for (int64_t k = 0; k < K; k++) to[k] = narrow<T>(line[k]);
+    }
+}
+
+// Rows of T in C, each followed by zeros up to a vector.
+template <class T>
+void widen_rows(const T *from, int64_t ld, int64_t M, int64_t columns, Compute<T> *to, int64_t ldt) {
+    for (int64_t m = 0; m < M; m++) {
+        for (int64_t k = 0; k < columns; k++) to[m * ldt + k] = wide(from[m * ld + k]);
+        std::fill(to + m * ldt + columns, to + (m + 1) * ldt, Compute<T>(0));
+    }
+}
+
+// The vectors of one layer, as `forward_panel`'s epilogue wants them: per thread, filled layer by layer.
+template <class T>
+class LayerVectors {
+    using C = Compute<T>;
+
+  public:
+    explicit LayerVectors(int64_t widest) : widest_(widest), memory_(5 * widest) {
+        std::fill(memory_.get(), memory_.get() + 5 * widest, C(0));
+    }
+    Ready<T> of(const Layer &layer) const {
+        Ready<T> ready{};
+        ready.layer = &layer;
+        C *at = memory_.get();
+        ready.zero = at, ready.bias = at + widest_, ready.projection_bias = at + 2 * widest_;
+        ready.scale = at + 3 * widest_, ready.unit = at + 4 * widest_;
+        fill_vectors(ready);
+        return ready;
+    }
+
+  private:
+    int64_t widest_;
+    Buffer<C> memory_;
+};
+
+struct DotsShape {
+    int64_t width, ld;  // the widest layer; a row of activations with room for a vector's zeros
+    int members;
+};
+
+template <class T>
+DotsShape dots_shape(const Call &call) {
+    int64_t largest = 0;
+    for (int64_t l = 0; l < call.depth; l++) largest = std::max(largest, call.layers[l].N * call.layers[l].K);
+    const int64_t width = rounded_up(widest(call), 16);
+    return {width, width + LANES<Compute<T>>, largest * call.M >= (int64_t(1) << 16) ? call.threads : 1};
+}
+
+template <class T>
+void forward_dots(const Call &call, T *y, T *kept) {
+    using C = Compute<T>;
+    const auto [width, ld, members] = dots_shape<T>(call);
+    const int64_t M = call.M;
+    const KeptLayout<T> layout(call);
+    Buffer<T> turns(3 * M * width);
+    together(members, [&](const Team &team) {
+        const LayerVectors<T> vectors(width);
+        Buffer<C> scratch(M * (ld + width));
+        C *h_wide = scratch.get(), *z = h_wide + M * ld;
+        const T *h = static_cast<const T *>(call.x);
+        int64_t ldh = call.ldx;
+        for (int64_t l = 0; l < call.depth; l++) {
+            const Layer &layer = call.layers[l];
+            const Ready<T> ready = vectors.of(layer);
+            const int64_t N = layer.N, K = layer.K, ldn = even<T>(N);
+            const auto [begin, end] = team.share(N);
+            auto slot = [&](int64_t offset) { return kept && offset >= 0 ? kept + offset * M : nullptr; };
+            widen_rows(h, ldh, M, K, h_wide, ld);
+
+            ForwardPanel<T> panel{};
+            panel.h = h, panel.ldh = ldh;
+            panel.residual = static_cast<const T *>(call.residual), panel.ldr = call.ldr;
+            const bool is_last = l + 1 == call.depth;
+            panel.y = is_last ? y : kept ? slot(layout[l + 1].input) : turns.get() + l % 2 * M * width;
+            panel.ldy = is_last ? N : ldn;
+            panel.slope = slot(layout[l].slope), panel.branch = slot(layout[l].branch);
+            panel.skip = layout[l].skip >= 0 && kept ? slot(layout[l].skip) : turns.get() + 2 * M * width;
+            if (layer.skip == Skip::projection) {
+                dots<T>(M, K, static_cast<const T *>(layer.projection), h_wide, ld, z, N, begin, end);
+                write_projected_skip(ready, M, panel, begin, end, z + begin, N);
+            }
+            dots<T>(M, K, static_cast<const T *>(layer.weight), h_wide, ld, z, N, begin, end);
+            finish_panel(ready, Rows{0, M, M, call.first_row}, panel, begin, end - begin, z + begin, N);
+            h = panel.y, ldh = panel.ldy;
+            team.wait();
+        }
+    });
+}
+
+template <class T>
+void backward_dots(const Call &call, const T *g, int64_t ldg, const T *kept, T *dx, T *dresidual) {
+    using C = Compute<T>;
+    const auto [width, ld, members] = dots_shape<T>(call);
+    const int64_t M = call.M;
+    const KeptLayout<T> layout(call);
+    Buffer<T> recomputed(kept ? 0 : M * (layout.row_elements() + width));
+    if (!kept) {
+        forward_dots<T>(call, recomputed.get() + M * layout.row_elements(), recomputed.get());
+        kept = recomputed.get();
+    }
+    Buffer<C> gradients(2 * M * width);
+    together(members, [&](const Team &team) {
+        const LayerVectors<T> vectors(width);
+        Buffer<C> scratch(M * ld + 4 * M * width + 2 * width);
+        Buffer<T> narrow_scratch(2 * M * width);
+        Buffer<double> totals(3 * width);
+        C *h_wide = scratch.get(), *mine = h_wide + M * ld, *dh = mine + M * width, *dz = dh + M * width;
+        C *ds = dz + M * width, *line = ds + M * width;
+        for (int64_t l = call.depth - 1; l >= 0; l--) {
+            const Layer &layer = call.layers[l];
+            const Ready<T> ready = vectors.of(layer);
+            const int64_t N = layer.N, K = layer.K, ldn = even<T>(N);
+            auto slot = [&](int64_t offset) { return offset >= 0 ? kept + offset * M : nullptr; };
+            const T *h = l ? slot(layout[l].input) : static_cast<const T *>(call.x);
+            const int64_t ldh = l ? even<T>(K) : call.ldx;
+            const Rows rows{0, M, M, call.first_row};
+            const bool wants_dh = l > 0 || dx;
+
+            // every member computes dz for itself: it is little, and nobody waits
+            C *shared = gradients.get() + l % 2 * M * width, *next = gradients.get() + (l + 1) % 2 * M * width;
+            if (l + 1 == call.depth)
+                widen_rows(g, ldg, M, N, mine, N);
+            else
+                std::copy(shared, shared + M * N, mine);
+            BackwardPanel<T> panel{};
+            panel.g = mine, panel.dh = wants_dh ? dh : nullptr;
+            panel.slope = slot(layout[l].slope), panel.branch = slot(layout[l].branch), panel.ld = ldn;
+            panel.s = h, panel.lds = ldh;
+            panel.dz = narrow_scratch.get(), panel.ldds = ldn;
+            if (layer.skip == Skip::projection)
+                panel.s = slot(layout[l].skip), panel.lds = ldn, panel.ds = narrow_scratch.get() + M * width;
+            if (layer.skip == Skip::residual) {
+                panel.s = static_cast<const T *>(call.residual), panel.lds = call.ldr;
+                if (dresidual && team.member == 0) panel.ds = dresidual, panel.ldds = N;
+            }
+            Sums sums{totals.get(), totals.get() + width, totals.get() + 2 * width};
+            std::fill(totals.get(), totals.get() + 3 * width, 0.0);
+            backward_panel<T>(ready, rows, panel, sums, line);
+            if (team.member == 0) write_sums<T>(layer, sums);
+
+            widen_rows(panel.dz, ldn, M, N, dz, N);
+            if (layer.skip == Skip::projection) widen_rows(panel.ds, ldn, M, N, ds, N);
+            widen_rows(h, ldh, M, K, h_wide, ld);
+            const auto rows_share = team.share(N), columns_share = team.share(K);
+            if (layer.dweight)
+                outer_products<T>(M, K, dz, N, h_wide, ld, static_cast<T *>(layer.dweight), rows_share.first,
+                                  rows_share.last, line);
+            if (layer.dprojection)
+                outer_products<T>(M, K, ds, N, h_wide, ld, static_cast<T *>(layer.dprojection), rows_share.first,
+                                  rows_share.last, line);
+            if (wants_dh) {
+                const auto [begin, end] = columns_share;
+                for (int64_t m = 0; m < M; m++)
+                    for (int64_t k = begin; k < end; k++)
+                        next[m * K + k] = layer.skip == Skip::identity ? dh[m * K + k] : C(0);
+                rows_of_weight<T>(M, N, K, dz, N, static_cast<const T *>(layer.weight), next, begin, end);
+                if (layer.skip == Skip::projection)
+                    rows_of_weight<T>(M, N, K, ds, N, static_cast<const T *>(layer.projection), next, begin, end);
+                if (l == 0)
+                    for (int64_t m = 0; m < M; m++)
+                        for (int64_t k = begin; k < end; k++) dx[m * K + k] = narrow<T>(next[m * K + k]);
+            }
+            team.wait();
+        }
+    });
+}
+
+}  // namespace fusedres

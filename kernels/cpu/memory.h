@@ -1,0 +1,100 @@
+// Memory for one call: aligned to cache lines, in huge pages where it is large, and kept for the next call where it is not too
+// much, because fresh pages cost more than what is done to them.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace fusedres {
+
+// Asks for pages of 2 MiB where memory spans some: fresh memory then costs hundreds of times fewer page faults.
+inline void in_huge_pages(void *memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = uintptr_t(1) << 21;
+    const uintptr_t begin = uintptr_t(memory), first = (begin + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t last = (begin + uintptr_t(bytes)) / PAGE * PAGE;
+    if (last > first) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+// Blocks that calls have given back, up to a total; whoever needs one of about that size takes it.
+class Pool {
+  public:
+    static constexpr int64_t SMALLEST = int64_t(1) << 20, MOST = int64_t(1) << 26;
+
+    static Pool &instance() {
+        static Pool *pool = new Pool;  // never destroyed: threads may outlive the library's statics
+        return *pool;
+    }
+
+    void *take(int64_t *bytes) {
+        if (*bytes >= SMALLEST) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            for (size_t i = 0; i < blocks_.size(); i++) {
+                const Block found = blocks_[i];
+                if (found.bytes < *bytes || found.bytes > 2 * *bytes) continue;
+                blocks_.erase(blocks_.begin() + int64_t(i));
+                total_ -= found.bytes;
+                *bytes = found.bytes;
+                return found.memory;
+            }
+        }
+        void *memory = std::aligned_alloc(64, size_t(*bytes));
+        if (!memory) throw std::bad_alloc();
+        in_huge_pages(memory, *bytes);
+        return memory;
+    }
+
+    void give(void *memory, int64_t bytes) {
+        if (bytes >= SMALLEST) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (total_ + bytes <= MOST) {
+                total_ += bytes;
+                blocks_.push_back({memory, bytes});
+                return;
+            }
+        }
+        std::free(memory);
+    }
+
+  private:
+    struct Block {
+        void *memory;
+        int64_t bytes;
+    };
+    std::mutex mutex_;
+    std::vector<Block> blocks_;
+    int64_t total_ = 0;
+};
+
+template <class E>
+class Buffer {
+  public:
+    explicit Buffer(int64_t count = 0) : bytes_((count * int64_t(sizeof(E)) + 63) / 64 * 64) {
+        if (count) memory_ = static_cast<E *>(Pool::instance().take(&bytes_));
+    }
+    Buffer(Buffer &&other) noexcept { *this = std::move(other); }
+    Buffer &operator=(Buffer &&other) noexcept {
+        std::swap(memory_, other.memory_), std::swap(bytes_, other.bytes_);
+        return *this;
+    }
+    ~Buffer() {
+        if (memory_) Pool::instance().give(memory_, bytes_);
+    }
+    E *get() const { return memory_; }
+    E &operator[](int64_t i) const { return memory_[i]; }
+
+  private:
+    E *memory_ = nullptr;
+    int64_t bytes_ = 0;
+};
+
+}  // namespace fusedres
