@@ -82,7 +82,7 @@ inline double exp_minus(double a, double b) {
 
 // Φ(-x) exp(x²/2), x ≥ 0.
 inline float mills_ratio(float x) {
-    float p = 4.017634615e-3f * x + 3.996683837e-2f;  // up to x = 13.27, error 1e-8
+    float p = 4.017634615e-3f * x + 3.996683837e-2f;  // up to x = 12.9, error 1e-8
     p = p * x + 1.812551245e-1f;
     p = p * x + 4.356162323e-1f;
     p = p * x + 0.5f;
@@ -148,9 +148,10 @@ inline Activated<C> activated(C z) {
     using namespace elementary;
     if constexpr (A == Activation::gelu) {
         constexpr C inv_sqrt_2pi = C(0.39894228040143268);
-        C x = distance(z, 13.2664f, 40.0);
+        C x = distance(z, 12.9f, 40.0);
         C e = exp_minus(C(0.5) * x, x);
         if constexpr (std::is_same_v<C, float>) {
+            e = x >= 12.9f ? 0 : e;  // q would be subnormal soon, and each subnormal number costs as much as a vector
             C ratio = mills_ratio(x);
             return mirrored(z, x, e * ratio, e * (ratio - x * inv_sqrt_2pi));
         } else {

@@ -87,7 +87,7 @@ struct Given {
 
     Given(const Tensor &plan, const Parameters &from) : plan(plan) {
         parameters.reserve(from.size());
-        for (const std::optional<Tensor> parameter : from) parameters.push_back(parameter ? *parameter : Tensor());
+        for (const std::optional<Tensor> parameter : from) parameters.push_back(parameter ? parameter->resolve_neg() : Tensor());
     }
 };
 
@@ -282,6 +282,8 @@ std::vector<Tensor> backward_operator(const Tensor &plan, const Parameters &para
     by_dtype(x.scalar_type(), [&](auto type) {
         using T = decltype(type);
         TORCH_CHECK(g.scalar_type() == x.scalar_type(), "g must be ", x.scalar_type(), ", got ", g.scalar_type());
+        TORCH_CHECK(kept.numel() == 0 || kept.numel() == kept_bytes<T>(arguments.call), "backward expects ",
+                    kept_bytes<T>(arguments.call), " bytes from forward, got ", kept.numel());
         backward<T>(arguments.call, rows.const_data_ptr(), ldg, kept.numel() ? kept.const_data_ptr() : nullptr,
                     dx.defined() ? dx.mutable_data_ptr() : nullptr,
                     dresidual.defined() ? dresidual.mutable_data_ptr() : nullptr);

@@ -66,27 +66,31 @@ void dots_of(int64_t K, const T *weight, const Compute<T> *h, int64_t ldh, Compu
 template <class T>
 void dots(int64_t M, int64_t K, const T *weight, const Compute<T> *h, int64_t ldh, Compute<T> *z, int64_t N,
           int64_t begin, int64_t end) {
-    for (; M >= 2; M -= 2, h += 2 * ldh, z += 2 * N) dots_of<T, 2>(K, weight, h, ldh, z, N, begin, end);
+    if constexpr (LANES<Compute<T>> >= 4)
+        for (; M >= 4; M -= 4, h += 4 * ldh, z += 4 * N) dots_of<T, 4>(K, weight, h, ldh, z, N, begin, end);
+    if constexpr (LANES<Compute<T>> >= 2)
+        for (; M >= 2; M -= 2, h += 2 * ldh, z += 2 * N) dots_of<T, 2>(K, weight, h, ldh, z, N, begin, end);
     if (M) dots_of<T, 1>(K, weight, h, ldh, z, N, begin, end);
 }
 
-// dh [M][K] += dz W for columns [begin, end) of K; dz [M][lddz]
+// dh [M][K] += dz W for columns [begin, end) of K; dz [M][lddz]. A few rows of W at a time meet all rows of dz.
 template <class T>
 void rows_of_weight(int64_t M, int64_t N, int64_t K, const Compute<T> *dz, int64_t lddz, const T *weight, Compute<T> *dh,
                     int64_t begin, int64_t end) {
     using C = Compute<T>;
-    for (int64_t m = 0; m < M; m++) {
-        C *__restrict to = dh + m * K;
-        int64_t n = 0;
-        for (; n + 4 <= N; n += 4) {
-            const T *__restrict w = weight + n * K;
-            const C *d = dz + m * lddz + n;
+    int64_t n = 0;
+    for (; n + 4 <= N; n += 4) {
+        const T *__restrict w = weight + n * K;
+        for (int64_t m = 0; m < M; m++) {
+            C *__restrict to = dh + m * K;
+            const C *d = dz + m * lddz + n, d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
             for (int64_t k = begin; k < end; k++)
-                to[k] += d[0] * wide(w[k]) + d[1] * wide(w[k + K]) + d[2] * wide(w[k + 2 * K]) + d[3] * wide(w[k + 3 * K]);
+                to[k] += d0 * wide(w[k]) + d1 * wide(w[k + K]) + d2 * wide(w[k + 2 * K]) + d3 * wide(w[k + 3 * K]);
         }
-        for (; n < N; n++)
-            for (int64_t k = begin; k < end; k++) to[k] += dz[m * lddz + n] * wide(weight[n * K + k]);
     }
+    for (; n < N; n++)
+        for (int64_t m = 0; m < M; m++)
+            for (int64_t k = begin; k < end; k++) dh[m * K + k] += dz[m * lddz + n] * wide(weight[n * K + k]);
 }
 
 // Rows [begin, end) of dW [N, K] = dzᵀ h

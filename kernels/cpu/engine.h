@@ -2,7 +2,7 @@
 #pragma once
 
 #include "dots.h"
-#include "lanes.h"
+#include "lanes_backward.h"
 #include "layers.h"
 
 namespace fusedres {

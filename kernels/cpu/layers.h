@@ -191,7 +191,7 @@ void backward_layers_rows(const Call &call, const T *g, int64_t ldg, const T *ke
             ready.pack(team);
             team.wait();
             std::unique_ptr<Gradients<T>> &mine = state.sums[size_t(team.member)];
-            if (!mine) mine = std::make_unique<Gradients<T>>(call, false);
+            if (!mine) mine = std::make_unique<Gradients<T>>(call, false, false);
 
             // dz, ds, λ g, and the sums over rows
             const int64_t strips = (call.M + GRAIN - 1) / GRAIN;

@@ -1,19 +1,14 @@
-// One layer on a panel of rows: what is done between the products.
+// One layer on a panel of rows: what is done around the products, forward and backward.
 #pragma once
 
-#include <memory>
-#include <vector>
+#include <algorithm>
 
-#include "activations.h"
-#include "memory.h"
-#include "network.h"
-#include "parallel.h"
+#include "finish.h"
+#include "kept.h"
 #include "philox.h"
-#include "product.h"
+#include "ready.h"
 
 namespace fusedres {
-
-constexpr int64_t COLUMNS = 64;  // of a product's result at a time: its epilogue finds them in the nearest cache
 
 // Rows of the call: `count` of them from `first` on, in memory for `padded` of which the last are zero.
 struct Rows {
@@ -24,227 +19,6 @@ struct Rows {
 inline bool is_kept(const Layer &layer, int64_t row) {
     return !layer.drop_threshold || philox(layer.seed, uint64_t(row)) >= layer.drop_threshold;
 }
-
-// ------------------------------------------------------------------------------------------------ what backward reads
-
-// Where a layer's arrays lie in the kept memory, in elements per row before them; -1 where there is none.
-struct Slots {
-    int64_t input = -1, slope = -1, branch = -1, skip = -1;
-};
-
-template <class T>
-class KeptLayout {
-  public:
-    explicit KeptLayout(const Call &call) : slots_(size_t(call.depth)) {
-        for (int64_t l = 0; l < call.depth; l++) {
-            const Layer &layer = call.layers[l];
-            Slots &slots = slots_[size_t(l)];
-            if (l > 0) slots.input = take(layer.K);
-            if (layer.activation != Activation::none) slots.slope = take(layer.N);
-            if (layer.keeps_branch) slots.branch = take(layer.N);
-            if (layer.keeps_skip && layer.skip == Skip::projection) slots.skip = take(layer.N);
-        }
-    }
-    const Slots &operator[](int64_t l) const { return slots_[size_t(l)]; }
-    int64_t row_elements() const { return total_; }
-
-  private:
-    int64_t take(int64_t columns) {
-        int64_t at = total_;
-        total_ += even<T>(columns);
-        return at;
-    }
-    std::vector<Slots> slots_;
-    int64_t total_ = 0;
-};
-
-// ------------------------------------------------------------------------------------------------ a layer made ready
-
-template <class T>
-using Finish = void (*)(int64_t rows, int64_t n, const Compute<T> *z, int64_t ldz, const Compute<T> *bias,
-                        const Compute<T> *scale, Compute<T> lambda, const T *s, int64_t lds, T *y, int64_t ldy, T *slope,
-                        int64_t ldslope);
-
-// y = λ s + a φ(z + b), or φ(λ s + a (z + b)), and the slope of φ where it is kept.
-template <class T, Activation A, bool IS_POST, bool KEEPS>
-void finish(int64_t rows, int64_t n, const Compute<T> *z, int64_t ldz, const Compute<T> *__restrict bias,
-            const Compute<T> *__restrict scale, Compute<T> lambda, const T *s, int64_t lds, T *y, int64_t ldy, T *slope,
-            int64_t ldslope) {
-    using C = Compute<T>;
-    for (int64_t r = 0; r < rows; r++) {
-        const C *__restrict zr = z + r * ldz;
-        const T *__restrict sr = s + r * lds;
-        T *__restrict yr = y + r * ldy;
-        T *__restrict slope_r = KEEPS ? slope + r * ldslope : nullptr;
-        for (int64_t i = 0; i < n; i++) {
-            C inside = zr[i] + bias[i];
-            if constexpr (IS_POST) inside = lambda * wide(sr[i]) + scale[i] * inside;
-            C value;
-            if constexpr (KEEPS) {
-                Activated<C> both = activated<A, C>(inside);
-                value = both.value;
-                slope_r[i] = narrow<T>(both.slope);
-            } else {
-                value = activate<A, C>(inside);
-            }
-            if constexpr (!IS_POST) value = lambda * wide(sr[i]) + scale[i] * value;
-            yr[i] = narrow<T>(value);
-        }
-    }
-}
-
-template <class T, Activation A>
-Finish<T> finish_of(bool is_post, bool keeps) {
-    if constexpr (A == Activation::none) return finish<T, A, false, false>;
-    if (is_post) return keeps ? finish<T, A, true, true> : finish<T, A, true, false>;
-    return keeps ? finish<T, A, false, true> : finish<T, A, false, false>;
-}
-
-template <class T>
-Finish<T> finish_of(Activation activation, bool is_post, bool keeps) {
-    switch (activation) {
-        case Activation::gelu: return finish_of<T, Activation::gelu>(is_post, keeps);
-        case Activation::gelu_tanh: return finish_of<T, Activation::gelu_tanh>(is_post, keeps);
-        case Activation::relu: return finish_of<T, Activation::relu>(is_post, keeps);
-        case Activation::silu: return finish_of<T, Activation::silu>(is_post, keeps);
-        case Activation::tanh: return finish_of<T, Activation::tanh>(is_post, keeps);
-        case Activation::sin: return finish_of<T, Activation::sin>(is_post, keeps);
-        case Activation::none: break;
-    }
-    return finish_of<T, Activation::none>(is_post, keeps);
-}
-
-// A layer's vectors in C, its functions, and its matrices as the products want them.
-template <class T>
-struct Ready {
-    using C = Compute<T>;
-    const Layer *layer;
-    C *bias, *projection_bias;  // [N], zero where there is none
-    C *scale, *unit;            // [N]: what the branch of a kept row is multiplied by, with a and without
-    C *zero;                    // [N] of zeros, in C or in T
-    T *weight, *projection;     // [K, N] in blocks of COLUMNS: for x Wᵀ and x Pᵀ
-    T *weight_back, *projection_back;  // [N, K] in blocks of COLUMNS, or as they lie: for dz W and ds P
-
-    const T *no_skip() const { return reinterpret_cast<const T *>(zero); }
-};
-
-// bias, scales and zeros of a layer, in the vectors that `ready` points to.
-template <class T>
-void fill_vectors(const Ready<T> &ready) {
-    using C = Compute<T>;
-    const Layer &layer = *ready.layer;
-    auto *bias = static_cast<const T *>(layer.bias), *projection_bias = static_cast<const T *>(layer.projection_bias);
-    auto *channel = static_cast<const T *>(layer.channel_scale);
-    C unit = layer.drop_threshold ? C(layer.keep_scale) : C(1);
-    for (int64_t n = 0; n < layer.N; n++) {
-        ready.bias[n] = bias ? wide(bias[n]) : C(0);
-        ready.projection_bias[n] = projection_bias ? wide(projection_bias[n]) : C(0);
-        ready.scale[n] = (channel ? wide(channel[n]) : C(layer.branch_scale)) * unit;
-        ready.unit[n] = unit;
-        ready.zero[n] = C(0);
-    }
-}
-
-// Blocks of COLUMNS columns of a [depth, columns] matrix, each dense and of even depth.
-template <class T>
-int64_t block_offset(int64_t depth, int64_t column) {
-    return column * even<T>(depth);
-}
-
-inline int64_t column_blocks(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; }
-
-// Layers ready for one call, in memory of their own. `reserve` lays it out, `pack` fills it piece by piece.
-template <class T>
-class ReadyLayers {
-    using C = Compute<T>;
-
-  public:
-    // for layers [first, last) of the call
-    ReadyLayers(const Call &call, int64_t first, int64_t last, bool is_backward) : is_backward_(is_backward) {
-        int64_t vectors = 0, matrices = 0;
-        for (int64_t l = first; l < last; l++) {
-            const Layer &layer = call.layers[l];
-            int64_t copies = layer.skip == Skip::projection ? 2 : 1;
-            vectors += 5 * layer.N;
-            if (is_backward)
-                matrices += copies * packs_back(layer) * even<T>(layer.N) * layer.K;
-            else
-                matrices += copies * layer.N * even<T>(layer.K);
-        }
-        vectors_ = Buffer<C>(vectors);
-        matrices_ = Buffer<T>(matrices);
-        C *vector = vectors_.get();
-        T *matrix = matrices_.get();
-        for (int64_t l = first; l < last; l++) {
-            const Layer &layer = call.layers[l];
-            Ready<T> ready{};
-            ready.layer = &layer;
-            for (C **place : {&ready.bias, &ready.projection_bias, &ready.scale, &ready.unit, &ready.zero}) {
-                *place = vector;
-                vector += layer.N;
-            }
-            bool has_projection = layer.skip == Skip::projection;
-            auto place = [&](const void *given, int64_t size) {
-                if (is_backward && !packs_back(layer)) return static_cast<T *>(const_cast<void *>(given));
-                T *at = matrix;
-                matrix += size;
-                return at;
-            };
-            int64_t size = is_backward ? even<T>(layer.N) * layer.K : layer.N * even<T>(layer.K);
-            (is_backward ? ready.weight_back : ready.weight) = place(layer.weight, size);
-            if (has_projection) (is_backward ? ready.projection_back : ready.projection) = place(layer.projection, size);
-            layers_.push_back(ready);
-            pieces_ += 1 + column_blocks(is_backward ? layer.K : layer.N);
-        }
-    }
-
-    const Ready<T> &operator[](int64_t i) const { return layers_[size_t(i)]; }
-
-    // This member's share of the packing. Nobody may read before the team has waited.
-    void pack(const Team &team) const {
-        Team::Share share = team.share(pieces_);
-        int64_t piece = 0;
-        for (const Ready<T> &ready : layers_) {
-            int64_t blocks = column_blocks(is_backward_ ? ready.layer->K : ready.layer->N);
-            if (piece + blocks >= share.first && piece < share.last) {
-                if (piece >= share.first) fill_vectors(ready);
-                for (int64_t b = 0; b < blocks; b++)
-                    if (piece + 1 + b >= share.first && piece + 1 + b < share.last) pack_block(ready, b * COLUMNS);
-            }
-            piece += 1 + blocks;
-        }
-    }
-
-    // Whether dz W reads a packed W: pairs must be, and long rows lie a page apart, where they push each other out of the
-    // nearest cache.
-    static bool packs_back(const Layer &layer) { return IN_PAIRS<T> || layer.K > 2 * COLUMNS; }
-
-  private:
-    void pack_block(const Ready<T> &ready, int64_t column) const {
-        const Layer &layer = *ready.layer;
-        auto one = [&](const void *from, T *to) {
-            auto *matrix = static_cast<const T *>(from);
-            int64_t depth = is_backward_ ? layer.N : layer.K, columns = is_backward_ ? layer.K : layer.N;
-            int64_t width = std::min(COLUMNS, columns - column);
-            to += block_offset<T>(depth, column);
-            if (!is_backward_)
-                pack_transposed<T>(matrix + column * layer.K, layer.K, width, layer.K, to);
-            else if (packs_back(layer))
-                fusedres::pack<T>(matrix + column, layer.K, layer.N, layer.N, width, to);
-        };
-        one(layer.weight, is_backward_ ? ready.weight_back : ready.weight);
-        if (layer.skip == Skip::projection)
-            one(layer.projection, is_backward_ ? ready.projection_back : ready.projection);
-    }
-
-    bool is_backward_;
-    int64_t pieces_ = 0;
-    Buffer<C> vectors_;
-    Buffer<T> matrices_;
-    std::vector<Ready<T>> layers_;
-};
-
-// ------------------------------------------------------------------------------------------------ forward
 
 template <class T>
 struct ForwardPanel {
@@ -332,8 +106,6 @@ void copy_rows(const T *from, int64_t ld, const Rows &rows, int64_t columns, T *
     for (int64_t r = 0; r < rows.count; r++) std::copy(from + r * ld, from + r * ld + columns, to + r * even<T>(columns));
     zero_padding(to, rows, columns);
 }
-
-// ------------------------------------------------------------------------------------------------ backward
 
 // A thread's sums over rows for one layer, in double: added up over panels.
 struct Sums {

@@ -1,0 +1,183 @@
+"""Launchers of the CPU engine: one layer, as a network of one, and whole networks. No autograd, no checks.
+
+    x [..., K]   residual [..., N]   y, g [..., N]      kept: bytes that forward leaves for backward; empty for nothing
+
+Skips that meet the branch in no sum are PyTorch's: λ s put before the branch by concatenation, and the gradient of a
+residual whose value backward does not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import Gradients, LayerSpec, NetworkSpec, Operands, Wanted
+from .plan import layer_plan, plan
+
+
+class _Engine:
+    """The engine's operators, each looked up once."""
+
+    def __getattr__(self, name: str) -> Any:
+        operator = getattr(torch.ops.fusedres_cpu, name).default
+        call = getattr(operator, "_op", operator)  # private, and 0.2 µs quicker than the Python around it
+        setattr(self, name, call)
+        return call
+
+
+_engine = _Engine()
+
+
+def capabilities() -> int:
+    """Bit 0: torch's brgemm multiplies float32 here; bit 1: bfloat16."""
+    return _engine.capabilities()
+
+
+# ---------------------------------------------------------------------------------------------- one layer
+
+
+def forward(operands: Operands, spec: LayerSpec, way: int, keep: bool) -> tuple[Tensor, Tensor]:
+    """y and kept: what backward will read for those operands that require a gradient."""
+    if spec.skip == "concat":
+        branch, kept = forward(*_without_skip(operands, spec), way, keep)
+        return torch.cat([_scaled(_skip_of(operands), operands, spec), branch], -1), kept
+    x, residual, seed = operands.x, operands.residual, operands.seed
+    parameters, layer = _bound(operands, spec)
+    wanted = [t is not None and t.requires_grad for t in (x, residual, *parameters)] if keep else ()
+    seeds = None if seed is None else seed.view(1)
+    return _engine.forward(layer, parameters, x, residual, seeds, way, wanted, keep)
+
+
+def backward(
+    g: Tensor, operands: Operands, kept: Tensor | None, spec: LayerSpec, wanted: Wanted, way: int
+) -> Gradients:
+    if spec.skip == "concat":
+        return _backward_of_concat(g, operands, kept, spec, wanted, way)
+    is_read = operands.skip_scale is not None or spec.activates_sum
+    if spec.skip == "residual" and not is_read:
+        alone, without = _without_skip(operands, spec)
+        gradients = backward(g, alone, kept, without, wanted._replace(residual=False), way)
+        return gradients._replace(residual=_scaled(g, operands, spec)) if wanted.residual else gradients
+
+    parameters, layer = _bound(operands, spec)
+    seeds = None if operands.seed is None else operands.seed.view(1)
+    if kept is None:
+        kept = g.new_empty(0)
+    order = (0, 3, 1, 2, 4, 5, 6, 7)  # of operands, as the engine has them: x, residual, parameters
+    wishes = [wanted[i] for i in order if operands[i] is not None or i == 3]
+    found = iter(_engine.backward(layer, parameters, operands.x, operands.residual, seeds, kept, g, way, wishes))
+    spread: list[Tensor | None] = [None] * len(order)
+    for i in order:
+        if wanted[i]:
+            spread[i] = next(found)
+    return Gradients(*spread)
+
+
+def _bound(operands: Operands, spec: LayerSpec) -> tuple[list[Tensor], Tensor]:
+    """The parameters that there are, in the order of `Slots`, and the plan of a network of this one layer."""
+    _, weight, bias, _, projection_weight, projection_bias, skip_scale, branch_scale, _ = operands
+    N, K = weight.shape
+    if projection_weight is skip_scale is branch_scale is None:
+        parameters = [weight] if bias is None else [weight, bias]
+        has: tuple[bool, ...] = _WEIGHT if bias is None else _WEIGHT_AND_BIAS
+    else:
+        every = (weight, bias, projection_weight, projection_bias, skip_scale, branch_scale)
+        parameters = [t for t in every if t is not None]
+        has = tuple([t is not None for t in every])
+    return resolved(parameters), layer_plan(spec, N, K, has)
+
+
+def resolved(parameters: list[Tensor]) -> list[Tensor]:
+    """Tensors whose memory says what they are: torch sees to a sign kept aside in a tensor, and not in a list."""
+    for t in parameters:
+        if t.is_neg():
+            return [t.resolve_neg() for t in parameters]
+    return parameters
+
+
+_WEIGHT = (True, False, False, False, False, False)
+_WEIGHT_AND_BIAS = (True, True, False, False, False, False)
+
+
+def _without_skip(operands: Operands, spec: LayerSpec) -> tuple[Operands, LayerSpec]:
+    return operands._replace(residual=None, skip_scale=None), spec._replace(skip="none", skip_scale=1.0)
+
+
+def _skip_of(operands: Operands) -> Tensor:
+    return operands.x if operands.residual is None else operands.residual
+
+
+def _scaled(value: Tensor, operands: Operands, spec: LayerSpec) -> Tensor:
+    """λ times value, a skip or its gradient."""
+    if operands.skip_scale is not None:
+        return value * operands.skip_scale
+    return value if spec.skip_scale == 1.0 else value * spec.skip_scale
+
+
+def _backward_of_concat(
+    g: Tensor, operands: Operands, kept: Tensor | None, spec: LayerSpec, wanted: Wanted, way: int
+) -> Gradients:
+    skip = _skip_of(operands)
+    g_skip, g_branch = g[..., : skip.shape[-1]], g[..., skip.shape[-1] :]
+    alone, without = _without_skip(operands, spec)
+    of_branch = wanted._replace(residual=False, skip_scale=False)
+    gradients = backward(g_branch, alone, kept, without, of_branch, way)
+    if wanted.skip_scale:
+        wide = torch.promote_types(g.dtype, torch.float32)
+        total = (g_skip.to(wide) * skip).sum(dtype=wide)
+        gradients = gradients._replace(skip_scale=total.to(operands.skip_scale.dtype))
+    if operands.residual is not None and wanted.residual:
+        gradients = gradients._replace(residual=_scaled(g_skip, operands, spec))
+    elif operands.residual is None and wanted.x:
+        gradients = gradients._replace(x=gradients.x + _scaled(g_skip, operands, spec))
+    return gradients
+
+
+# ---------------------------------------------------------------------------------------------- a network
+
+
+def bind(spec: NetworkSpec, parameters: Sequence[Tensor]) -> int:
+    """A handle for `infer`, to be given back to `unbind`: until then the engine holds the tensors themselves."""
+    return _engine.bind(plan(spec), parameters)
+
+
+def unbind(handle: int) -> None:
+    _engine.unbind(handle)
+
+
+def infer(handle: int, x: Tensor, way: int) -> Tensor:
+    """y of a bound network, nothing kept and no row dropped: the cheapest call there is."""
+    return _engine.infer(handle, x, way)
+
+
+def network_forward(
+    spec: NetworkSpec,
+    parameters: Sequence[Tensor],
+    x: Tensor,
+    seeds: Tensor | None,
+    way: int,
+    wanted: Sequence[bool],
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and kept; wanted: whether x, and whether each parameter, will need a gradient. Without seeds no row drops."""
+    wishes = (wanted[0], False, *wanted[1:])
+    return _engine.forward(plan(spec), parameters, x, None, seeds, way, wishes, keep)
+
+
+def network_backward(
+    g: Tensor,
+    spec: NetworkSpec,
+    parameters: Sequence[Tensor],
+    x: Tensor,
+    seeds: Tensor | None,
+    kept: Tensor | None,
+    way: int,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of those wanted among x and the parameters, in their order."""
+    wishes = (wanted[0], False, *wanted[1:])
+    kept = g.new_empty(0) if kept is None else kept
+    return _engine.backward(plan(spec), parameters, x, None, seeds, kept, g, way, wishes)
