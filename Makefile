@@ -1,19 +1,23 @@
 # make demo   residual networks through the fused kernels, compared with eager PyTorch: a table and pictures
 # make test   the whole suite
-# Both make .venv on first use; PYTHON chooses the interpreter, ARGS goes to the command.
+# make sanitize   the CPU kernels' tests, on a library built with AddressSanitizer and UndefinedBehaviorSanitizer
+# They make .venv on first use; PYTHON chooses the interpreter, ARGS goes to the command.
 
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lens check clean
+.PHONY: demo test sanitize lens check clean
 
 demo: $(READY)
 	$(BIN)/python -m fusedres demo $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+sanitize: $(READY)
+	PYTHON=$(BIN)/python bash tests/sanitize.sh $(ARGS)
 
 lens: $(READY)
 	$(BIN)/python bench/lens.py $(ARGS)

@@ -1,10 +1,11 @@
-"""The command line: `python -m fusedres demo`."""
+"""The command line: `python -m fusedres demo` and `build`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line, by default the process's own; the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = _parse(arguments)
+    return options.command(options, arguments)
 
+
+def _build(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from . import native, toolchain
+
+    try:
+        for level in toolchain.accepted_levels() if options.all_levels else [toolchain.level()]:
+            begin = time.perf_counter()
+            path = native.build(level)
+            print(f"{path}  {time.perf_counter() - begin:.1f} s", flush=True)
+    except toolchain.Unavailable as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -21,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("--device cuda: torch sees no CUDA device here", file=sys.stderr)
         return 2
     device = options.device or ("cuda" if has_gpu else "cpu")
-    _set_interpreter(device == "cpu", arguments)
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        from . import native
+
+        _set_interpreter(native.missing() is not None, arguments)
+    elif device == "cuda":
+        _set_interpreter(False, arguments)
 
     from .studies import demo
 
@@ -38,7 +61,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("fusedres", description="Fused residual layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fusedres {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
+    build = commands.add_parser("build", help="build the CPU kernels, which else the first call does")
+    build.set_defaults(command=_build)
+    build.add_argument(
+        "--all-levels",
+        action="store_true",
+        help="for every instruction set the compiler knows, whatever this machine can run [the machine's own]",
+    )
     demo = commands.add_parser("demo", help="compare fused and eager gradients, train a classifier both ways")
+    demo.set_defaults(command=_demo)
     demo.add_argument(
         "--out",
         metavar="DIR",
