@@ -5,6 +5,7 @@ from .dispatch import batch_invariant, eager
 from .explanation import explain
 from .gradients import GradientComparison, GradientProfile, compare_gradients, gradient_profile
 from .modules import FusedResidualLinear
+from .network import Network
 
 __version__ = "0.1.0"
 
@@ -12,6 +13,7 @@ __all__ = [
     "FusedResidualLinear",
     "GradientComparison",
     "GradientProfile",
+    "Network",
     "batch_invariant",
     "compare_gradients",
     "eager",

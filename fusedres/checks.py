@@ -188,8 +188,10 @@ def matrices(x: Tensor, weight: Tensor) -> None:
         )
 
 
-def operands(given: Operands, spec: LayerSpec, is_autocast: bool) -> None:
+def operands(given: Operands, spec: LayerSpec, is_autocast: bool, like: str = "x") -> None:
     """Everything beside x: shapes, devices and dtypes. Autocast casts the products' operands, so it admits any dtype.
+
+    `like` is what errors call the tensor that dtype and device are x's from.
 
     Raises:
         TypeError: an operand is no tensor, or of another dtype than x.
@@ -197,41 +199,41 @@ def operands(given: Operands, spec: LayerSpec, is_autocast: bool) -> None:
     """
     x, weight, bias, residual, projection_weight, projection_bias, skip_scale, branch_scale, _ = given
     N, K = weight.shape
-    _tensor("weight", weight, [N, K], "", x, is_autocast)
+    _tensor("weight", weight, [N, K], "", x, is_autocast, like)
     if bias is not None:
-        _tensor("bias", bias, [N], "one per output feature", x, is_autocast)
+        _tensor("bias", bias, [N], "one per output feature", x, is_autocast, like)
     if residual is not None:
         is_free = spec.skip == "concat" and isinstance(residual, Tensor) and residual.dim() > 0
         width = residual.shape[-1] if is_free else N
         what = "the leading shape of x" if spec.skip == "concat" else "the shape of the output"
-        _tensor("residual", residual, [*x.shape[:-1], width], what, x, is_autocast)
+        _tensor("residual", residual, [*x.shape[:-1], width], what, x, is_autocast, like)
     if projection_weight is not None:
-        _tensor("projection_weight", projection_weight, [N, K], "the shape of weight", x, is_autocast)
+        _tensor("projection_weight", projection_weight, [N, K], "the shape of weight", x, is_autocast, like)
     if projection_bias is not None:
         if projection_weight is None:
             raise ValueError("projection_bias needs projection_weight, got None")
-        _tensor("projection_bias", projection_bias, [N], "one per output feature", x, is_autocast)
+        _tensor("projection_bias", projection_bias, [N], "one per output feature", x, is_autocast, like)
     if skip_scale is not None:
         has_skip_to_scale(spec.skip)
-        _tensor("skip_scale", skip_scale, [], "a learned scalar", x, is_autocast)
+        _tensor("skip_scale", skip_scale, [], "a learned scalar", x, is_autocast, like)
     if branch_scale is not None:
         shape = list(branch_scale.shape)
         if shape not in ([], [N]):
             raise ValueError(
                 f"branch_scale must be [], one for all, or [{N}], one per output feature, got shape {shape}"
             )
-        _tensor("branch_scale", branch_scale, shape, "", x, is_autocast)
+        _tensor("branch_scale", branch_scale, shape, "", x, is_autocast, like)
 
 
-def _tensor(name: str, value: Tensor, shape: list[int], what: str, x: Tensor, any_dtype: bool) -> None:
+def _tensor(name: str, value: Tensor, shape: list[int], what: str, x: Tensor, any_dtype: bool, like: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if list(value.shape) != shape:
         raise ValueError(f"{name} must be {shape}, {what}, got shape {list(value.shape)}")
     if value.device != x.device:
-        raise ValueError(f"{name} must be on {x.device}, where x is, got {value.device}")
+        raise ValueError(f"{name} must be on {x.device}, where {like} is, got {value.device}")
     if value.dtype != x.dtype and not (any_dtype and value.is_floating_point()):
-        raise TypeError(f"{name} must be {x.dtype}, the dtype of x, got {value.dtype}")
+        raise TypeError(f"{name} must be {x.dtype}, the dtype of {like}, got {value.dtype}")
 
 
 def has_skip_to_scale(skip: str) -> None:

@@ -1,7 +1,7 @@
-"""Which backend runs a call, and with which tiles: functions of plain facts, each answer with its reason.
+"""Which backend runs a call, with which tiles or in which way: functions of plain facts, answers with reasons.
 
-Nothing here depends on the number of rows but one coarse class (at most SKINNY rows, or more), so that a row's bits
-do not depend on the batch around it within a class, and no new batch size compiles anything.
+On a GPU nothing depends on the number of rows but one coarse class (at most SKINNY rows, or more), so that a row's bits
+do not depend on the batch around it within a class, and no new batch size compiles anything. On a CPU the way does.
 """
 
 from __future__ import annotations
@@ -16,14 +16,26 @@ from typing import NamedTuple
 
 import torch
 
+from . import native
 from .kernels.config import Tile, Tiles
-from .kernels.spec import LayerSpec, Operands
+from .kernels.spec import WAYS, LayerSpec, Operands
 
 SKINNY = 64  # rows, up to which a layer reads its weights rather than its rows
+
+# The ways of the CPU engine, by widths and rows.
+LANES_BELOW = 16  # every width below it: a row fills no SIMD register, so that rows are the lanes
+DOTS_UP_TO = 4  # rows, up to which a product is dot products with the weights as they lie,
+WIDE_DOTS_UP_TO = 8  # and where weights are too many to be packed for so few rows
+BLOCKS_UP_TO = 128  # every width up to it: the activations of a block of rows stay in L1 and L2 through all layers
+
+# Bytes that a network keeps for backward before it computes them again instead, with recompute="auto": what stays in a
+# shared cache. Wide layers keep always, since their products cost more.
+KEPT_UP_TO = 24 << 20
 
 # Private to torch, they tell how a call arrived. A torch without one gets the answer that is right for every call.
 transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 modes_in_force = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+is_legacy_batch = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,22 @@ class Triton:
     target: str  # cuda, hip, or interpreter
 
 
+@dataclass(frozen=True)
+class Native:
+    """The C++ engine on the CPU."""
+
+    because: str
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the C++ engine cuts a call's work: its index and name in `kernels.spec.WAYS`."""
+
+    index: int
+    name: str
+    because: str
+
+
 class _Switches:
     """How many blocks, of all threads, are in force."""
 
@@ -48,7 +76,7 @@ class _Switches:
     batch_invariant = 0
 
 
-def choose(device: torch.device, dtype: torch.dtype, is_empty: bool) -> Eager | Triton:
+def choose(device: torch.device, dtype: torch.dtype, is_empty: bool) -> Eager | Triton | Native:
     """The backend for operands on this device, computing in this dtype."""
     if _Switches.force_eager:
         return Eager("fusedres.eager() is in force")
@@ -62,7 +90,7 @@ def choose(device: torch.device, dtype: torch.dtype, is_empty: bool) -> Eager | 
     return backend(device, dtype)
 
 
-def backend(device: torch.device, dtype: torch.dtype) -> Eager | Triton:
+def backend(device: torch.device, dtype: torch.dtype) -> Eager | Triton | Native:
     """What this device has for this dtype, whatever switches and transforms are in force."""
     if torch.compiler.is_compiling():
         return _constant_backend(device.type, device.index, dtype)
@@ -70,7 +98,7 @@ def backend(device: torch.device, dtype: torch.dtype) -> Eager | Triton:
 
 
 @lru_cache(maxsize=256)
-def _cached_backend(device: torch.device, dtype: torch.dtype) -> Eager | Triton:
+def _cached_backend(device: torch.device, dtype: torch.dtype) -> Eager | Triton | Native:
     return _constant_backend(device.type, device.index, dtype)
 
 
@@ -82,7 +110,7 @@ def _is_inside_vmap() -> bool:
     return any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ())
 
 
-def _constant_backend(device_type: str, index: int | None, dtype: torch.dtype) -> Eager | Triton:
+def _constant_backend(device_type: str, index: int | None, dtype: torch.dtype) -> Eager | Triton | Native:
     return _backend(device_type, index, dtype, os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -92,11 +120,11 @@ _constant_backend.__dict__["_dynamo_marked_constant"] = True
 
 
 @lru_cache(maxsize=256)
-def _backend(device_type: str, index: int | None, dtype: torch.dtype, is_interpreted: bool) -> Eager | Triton:
+def _backend(device_type: str, index: int | None, dtype: torch.dtype, is_interpreted: bool) -> Eager | Triton | Native:
     if device_type not in ("cuda", "cpu"):
         return Eager(f"there are no kernels for {device_type} devices")
     if device_type == "cpu" and not is_interpreted:
-        return Eager("x is on the CPU, where only Triton's interpreter could run the kernels (TRITON_INTERPRET=1)")
+        return _cpu_backend(dtype)
     if find_spec("triton") is None:
         return Eager("triton is not installed")
     if dtype == torch.float64:
@@ -112,6 +140,61 @@ def _backend(device_type: str, index: int | None, dtype: torch.dtype, is_interpr
     if (capability := torch.cuda.get_device_capability(index)) < (8, 0):
         return Eager(f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
     return Triton(f"{torch.cuda.get_device_name(index)} runs the kernels", "cuda")
+
+
+def _cpu_backend(dtype: torch.dtype) -> Eager | Native:
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return Eager(f"the CPU engine has no kernels for {dtype}")
+    if reason := native.missing():
+        return Eager(reason)
+    if dtype == torch.bfloat16 and not has_brgemm(dtype):
+        return Eager("torch's brgemm does not multiply bfloat16 on this processor, and nothing here does it faster")
+    products = "torch's brgemm" if has_brgemm(dtype) else "its own loops"
+    return Native(f"the C++ engine runs on the CPU, with products by {products}")
+
+
+def has_brgemm(dtype: torch.dtype) -> bool:
+    """Whether the CPU engine multiplies this dtype with oneDNN's brgemm, from torch itself."""
+    from .kernels.cpu import launch
+
+    bit = {torch.float32: 1, torch.bfloat16: 2}.get(dtype, 0)
+    return bool(launch.capabilities() & bit)
+
+
+def layer_way(operands: Operands, spec: LayerSpec, dtype: torch.dtype) -> Way | Eager:
+    """The CPU engine's way for a layer x [..., K] -> [..., N] computing in dtype."""
+    N, K = operands.weight.shape
+    return cpu_way(rows(operands.x, K, spec.batch_invariant), (K, N), dtype)
+
+
+def rows(x: torch.Tensor, K: int, is_batch_invariant: bool) -> int:
+    """M of x [..., K], or, where a row's bits may not depend on it, one M for all."""
+    return 1 << 16 if is_batch_invariant else x.numel() // K
+
+
+@lru_cache(maxsize=4096)
+def cpu_way(M: int, widths: tuple[int, ...], dtype: torch.dtype) -> Way | Eager:
+    """The CPU engine's way for M rows through layers of these widths d₀, …, d_L, or that it has none worth taking."""
+    widest = max(widths)
+    if widest < LANES_BELOW:
+        return _way("lanes", f"every width is below {LANES_BELOW}")
+    most = DOTS_UP_TO if widest <= BLOCKS_UP_TO else WIDE_DOTS_UP_TO
+    if most >= M:
+        return _way("dots", f"there are at most {most} rows")
+    if widest <= BLOCKS_UP_TO:
+        return _way("blocks", f"no width is above {BLOCKS_UP_TO}")
+    return _way("layers", f"a width is above {BLOCKS_UP_TO}")
+
+
+def _way(name: str, because: str) -> Way:
+    return Way(WAYS.index(name), name, because)
+
+
+@lru_cache(maxsize=4096)
+def keeps(M: int, widths: tuple[int, ...], dtype: torch.dtype, way: str) -> bool:
+    """Whether a network that may choose keeps its activations for backward; if not, backward computes them again."""
+    kept = M * sum(widths) * 2 * dtype.itemsize
+    return way == "layers" or kept <= KEPT_UP_TO
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -179,6 +262,11 @@ _SKINNY = {False: _Shape(16, 64, 32, 4), True: _Shape(16, 64, 16, 4)}  # by is_e
 
 def _power_of_two(size: int, smallest: int, largest: int) -> int:
     return min(largest, max(smallest, 1 << (size - 1).bit_length()))
+
+
+def is_switched() -> bool:
+    """Whether a block below is in force."""
+    return _Switches.force_eager > 0 or _Switches.batch_invariant > 0
 
 
 @contextmanager

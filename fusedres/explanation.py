@@ -3,52 +3,68 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from . import dispatch
-from .dispatch import Eager, Triton
+from .dispatch import Eager, Native, Triton, Way
 from .kernels.config import Tiles
-from .kernels.spec import LayerSpec, Operands
+from .kernels.spec import LayerSpec, NetworkSpec, Operands
 
 
 @dataclass(frozen=True)
 class Call:
-    """One fused call: its layer's name in the module, its shape x [M, K] -> [M, N], and what runs it."""
+    """One fused call: its layer's or network's name in the module, its shape x [M, K] -> [M, N], and what runs it."""
 
     name: str
     M: int
     N: int
     K: int
     dtype: torch.dtype
-    spec: LayerSpec
-    choice: Eager | Triton
-    tiles: Tiles | None
+    spec: LayerSpec | NetworkSpec
+    choice: Eager | Triton | Native
+    tiles: Tiles | None = None  # of Triton's kernels
+    way: Way | None = None  # of the C++ engine
+    keeps: bool = True  # whether the C++ engine would keep activations for backward
+    threads: int = 1
 
     @property
     def backend(self) -> str:
-        """triton, triton-interpreter or eager."""
-        if isinstance(self.choice, Eager):
-            return "eager"
-        return "triton-interpreter" if self.choice.target == "interpreter" else "triton"
+        """triton, triton-interpreter, native or eager."""
+        if isinstance(self.choice, Triton):
+            return "triton-interpreter" if self.choice.target == "interpreter" else "triton"
+        return "native" if isinstance(self.choice, Native) else "eager"
 
     def __str__(self) -> str:
-        layer = f"{self.name or 'residual_linear'} [{self.M}, {self.K}] -> [{self.M}, {self.N}] {self.dtype}"
-        lines = [f"{layer}: {self.backend}, because {self.choice.because}"]
+        layers = f", {len(self.spec.layers)} layers" if isinstance(self.spec, NetworkSpec) else ""
+        kind = "network" if layers else "residual_linear"
+        call = f"{self.name or kind} [{self.M}, {self.K}] -> [{self.M}, {self.N}] {self.dtype}{layers}"
+        lines = [f"{call}: {self.backend}, because {self.choice.because}"]
         if self.tiles is not None:
-            kept = "z recomputed in backward" if self.spec.recompute else "z kept for backward"
-            lines.append(f"    {self.spec.activation}, order {self.spec.order}, skip {self.spec.skip}; {kept}")
+            lines.append(f"    {self._options()}; {'z kept for' if self.keeps else 'z recomputed in'} backward")
             lines += [f"    {kernel:<8}{tile}" for kernel, tile in self.tiles._asdict().items()]
             lines.append("    dW, dP   torch.matmul")
+        if self.way is not None:
+            kept = "activations kept for backward" if self.keeps else "activations computed again in backward"
+            lines.append(f"    {self._options()}; {kept}")
+            lines.append(f"    way {self.way.name}, because {self.way.because}; threads: {self.threads} at most")
         return "\n".join(lines)
+
+    def _options(self) -> str:
+        if isinstance(self.spec, LayerSpec):
+            return f"{self.spec.activation}, order {self.spec.order}, skip {self.spec.skip}"
+        counts = Counter((layer.spec.activation, layer.spec.order, layer.spec.skip) for layer in self.spec.layers)
+        return "; ".join(f"{n} × {phi}, order {order}, skip {skip}" for (phi, order, skip), n in counts.items())
 
 
 class Explanation(tuple[Call, ...]):
-    """The fused calls of one run, in order; prints as one line each, with tiles beneath."""
+    """The fused calls of one run, in order; prints as one line each, with tiles or a way beneath."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or "no fused call was made"
@@ -62,14 +78,28 @@ def is_listening() -> bool:
     return _listener is not None
 
 
-def note(choice: Eager | Triton, operands: Operands, spec: LayerSpec, dtype: torch.dtype) -> None:
-    """Tell the listener about a call."""
+def note(choice: Eager | Triton | Native, operands: Operands, spec: LayerSpec, dtype: torch.dtype) -> None:
+    """Tell the listener about a call of one layer."""
     N, K = operands.weight.shape
     M = operands.x.shape[:-1].numel()
-    chosen = None
+    tiles = way = None
     if isinstance(choice, Triton):
-        chosen = dispatch.layer_tiles(operands, spec, dtype, choice.target)
-    _listener.append(Call(_names[-1] if _names else "", M, N, K, dtype, spec, choice, chosen))
+        tiles = dispatch.layer_tiles(operands, spec, dtype, choice.target)
+    elif isinstance(choice, Native):
+        way = cast(Way, dispatch.layer_way(operands, spec, dtype))
+    keeps = not spec.recompute
+    _listener.append(Call(_name(), M, N, K, dtype, spec, choice, tiles, way, keeps, torch.get_num_threads()))
+
+
+def note_network(choice: Eager | Triton | Native, x: Tensor, spec: NetworkSpec, way: Way | None, keeps: bool) -> None:
+    """Tell the listener about one call of a whole network."""
+    K, N = spec.widths[0], spec.widths[-1]
+    M = x.shape[:-1].numel()
+    _listener.append(Call(_name(), M, N, K, x.dtype, spec, choice, None, way, keeps, torch.get_num_threads()))
+
+
+def _name() -> str:
+    return _names[-1] if _names else ""
 
 
 def explain(module_or_call: Callable[..., object], *args: Tensor, **kwargs: object) -> Explanation:

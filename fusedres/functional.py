@@ -76,18 +76,25 @@ def layer(
             "fusedres has no forward-mode derivative (jvp, dual tensors); use reverse mode, or "
             "fusedres.reference.residual_linear, which is plain PyTorch"
         )
-    autocast = _autocast_dtype(x) if _is_any_autocast_enabled() else None
+    autocast = autocast_dtype(x) if is_any_autocast_enabled() else None
     given = Operands(x, weight, bias, residual, projection_weight, projection_bias)
     facts = None if autocast else checks.facts(given, skip_scale, branch_scale, options)
     spec = checks.recall(facts)
     if spec is None:
         given, spec = checks.described(given, skip_scale, branch_scale, options, autocast is not None)
         checks.remember(facts, spec)
+    return call(given, spec, autocast)
+
+
+def call(given: Operands, spec: LayerSpec, autocast: torch.dtype | None) -> Tensor:
+    """y of a layer that is checked, by what dispatch chooses; products in autocast's dtype where there is one."""
     if dispatch.is_batch_invariant():
         spec = spec._replace(batch_invariant=True)
-
+    x, weight, residual = given.x, given.weight, given.residual
     is_empty = x.numel() == 0 or weight.numel() == 0 or (residual is not None and residual.numel() == 0)
     choice = dispatch.choose(x.device, autocast or x.dtype, is_empty)
+    if isinstance(choice, dispatch.Native):
+        choice = _native_or_eager(choice, given, spec, autocast)
     if explanation.is_listening():
         explanation.note(choice, given, spec, autocast or x.dtype)
     if spec.drop_path > 0:
@@ -99,11 +106,24 @@ def layer(
     return ops.residual_linear(given, spec)
 
 
+def _native_or_eager(
+    choice: dispatch.Native, given: Operands, spec: LayerSpec, autocast: torch.dtype | None
+) -> dispatch.Native | dispatch.Eager:
+    if autocast is not None:
+        cast, _ = _cast(given, spec, autocast)
+        if any(t.dtype != autocast for t in cast if t is not None):
+            return dispatch.Eager("autocast leaves operands of unlike dtypes, and the C++ engine computes in one")
+    if type(given.x.numel()) is not int or torch.compiler.is_compiling():  # traced: the operator finds its way later
+        return choice
+    way = dispatch.layer_way(given, spec, autocast or given.x.dtype)
+    return way if isinstance(way, dispatch.Eager) else choice
+
+
 # private to torch, and 0.5 µs quicker than asking for a device's; without it, ask every time
-_is_any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+is_any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast would give a linear layer of x: None without it, and for float64, which it leaves."""
     if not isinstance(x, Tensor) or x.dtype == torch.float64 or x.is_meta:  # autocast does not know meta tensors
         return None

@@ -1,4 +1,4 @@
-"""The fused layer as PyTorch operators, with fakes and gradients; the only caller of launchers.
+"""The fused layer as PyTorch operators, with fakes and gradients; the only caller of its launch.
 
 Three ways in, from cheap to general (measured: `python bench/overhead.py`):
     a plain autograd.Function      eager mode
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from . import dispatch, philox, reference
 from .kernels.spec import Gradients, LayerSpec, Operands, Wanted
+from .launch import backward as _backward
+from .launch import forward as _forward
+from .launch import kept as _kept
+from .launch import output_dtype as _output_dtype
 
-_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
-
-_vjp: Any = torch.func.vjp  # whose annotation is a union over has_aux
+_reference_gradients = reference.layer_gradients
 N_OPERANDS = len(Operands._fields)
 N_SPEC = len(LayerSpec._fields)
 
@@ -53,14 +55,14 @@ def residual_linear(operands: Operands, spec: LayerSpec) -> Tensor:
     if dispatch.transforms_are_active():
         return _TransformableLayer.apply(spec, *operands)[0]
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    if torch.compiler.is_compiling() or _needs_operator(operands):
+    if torch.compiler.is_compiling() or needs_operator(operands):
         return torch.ops.fusedres.residual_linear(*operands, *spec, needs_grad)[0]
     if needs_grad:
         return _Layer.apply(spec, *operands)
     return _forward(operands, spec, keep=False)[0]
 
 
-def _needs_operator(tensors: Sequence[Tensor | None]) -> bool:
+def needs_operator(tensors: Sequence[Tensor | None]) -> bool:
     """Whether somebody else is to see the call: a dispatch mode, or a tensor subclass."""
     if dispatch.modes_in_force() > 0:
         return True
@@ -70,102 +72,8 @@ def _needs_operator(tensors: Sequence[Tensor | None]) -> bool:
 def draw_seed() -> Tensor:
     """A seed for one call; an operator while compiling, so that compiled code draws what eager code would."""
     # torch.vmap knows how to batch randint, and does not know the operator
-    needs_operator = torch.compiler.is_compiling() and not dispatch.transforms_are_active()
-    return torch.ops.fusedres.draw_seed() if needs_operator else philox.draw_seed()
-
-
-# ---------------------------------------------------------------------------------------------- launching
-
-
-def _forward(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [..., C]; z and s [M, N] where keep and backward will read them, else None."""
-    from .kernels.triton import layer
-
-    operands = _resolved(operands)
-    x = operands.x
-    target = _target(x)
-    _refuse_capture(operands, spec)
-    with torch.cuda.device_of(x):
-        y, z, s = layer.forward(
-            _as_matrices(operands),
-            spec,
-            _output_dtype(operands),
-            dispatch.layer_tiles(operands, spec, x.dtype, target).forward,
-            dispatch.precision(x.dtype),
-            *_kept(operands, spec, keep),
-        )
-    # in place, since autograd forbids changing a Function's output in place where it is a view
-    return y.resize_(*x.shape[:-1], y.shape[1]), z, s
-
-
-def _backward(
-    g: Tensor, operands: Operands, z: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
-) -> Gradients:
-    from .kernels.triton import layer_backward
-
-    operands = _resolved(operands)
-    x, residual = operands.x, operands.residual
-    target = _target(x)
-    _refuse_capture(operands, spec)
-    with torch.cuda.device_of(x):
-        gradients = layer_backward.backward(
-            g.resolve_neg().reshape(-1, g.shape[-1]),
-            _as_matrices(operands),
-            z,
-            s,
-            spec,
-            wanted,
-            dispatch.layer_tiles(operands, spec, x.dtype, target),
-            dispatch.precision(x.dtype),
-        )
-    return gradients._replace(
-        x=None if gradients.x is None else gradients.x.reshape(x.shape),
-        residual=None if gradients.residual is None else gradients.residual.reshape(residual.shape),
-    )
-
-
-def _resolved(operands: Operands) -> Operands:
-    """Tensors whose memory says what they are: a kernel does not see the sign that a lazy negation keeps aside."""
-    return Operands(*[t if t is None or not t.is_neg() else t.resolve_neg() for t in operands])
-
-
-def _refuse_capture(operands: Operands, spec: LayerSpec) -> None:
-    """Raises RuntimeError where a CUDA graph would record one seed, hence drop the same rows at every replay."""
-    if spec.drop_path > 0 and operands.x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("drop_path cannot be captured in a CUDA graph: every replay would drop the same rows")
-
-
-def _as_matrices(operands: Operands) -> Operands:
-    x, residual = operands.x, operands.residual
-    return operands._replace(
-        x=x.reshape(-1, x.shape[-1]),
-        residual=None if residual is None else residual.reshape(-1, residual.shape[-1]),
-    )
-
-
-def _kept(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[bool, bool]:
-    """Whether forward writes z, and a projected skip: where backward reads them and the caller chose keeping."""
-    keep = keep and not spec.recompute
-    keeps_z = keep and (spec.activation != "none" or operands.branch_scale is not None)
-    is_read = operands.skip_scale is not None or spec.activates_sum
-    return keeps_z, keep and spec.skip == "projection" and is_read
-
-
-def _output_dtype(operands: Operands) -> torch.dtype:
-    """What eager's sum promotes to: autocast alone makes the skip, or a branch scale per channel, differ from x."""
-    dtype = operands.x.dtype
-    if operands.residual is not None:
-        dtype = torch.promote_types(dtype, operands.residual.dtype)
-    if operands.branch_scale is not None and operands.branch_scale.dim() > 0:
-        dtype = torch.promote_types(dtype, operands.branch_scale.dtype)
-    return dtype
-
-
-def _target(x: Tensor) -> str:
-    choice = dispatch.backend(x.device, x.dtype)
-    if isinstance(choice, dispatch.Eager):
-        raise RuntimeError(f"fusedres::residual_linear was called on {x.device} in {x.dtype}: {choice.because}")
-    return choice.target
+    is_traced = torch.compiler.is_compiling() and not dispatch.transforms_are_active()
+    return torch.ops.fusedres.draw_seed() if is_traced else philox.draw_seed()
 
 
 # ---------------------------------------------------------------------------------------------- gradients
@@ -268,10 +176,10 @@ class _Gradients(torch.autograd.Function):
 
 def _visible_forward(operands: Operands, spec: LayerSpec) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """_forward, as an operator where somebody else is to see it."""
-    if not _needs_operator(operands):
-        return _forward(operands, spec, keep=True)
-    y, z, s = torch.ops.fusedres.residual_linear(*operands, *spec, True)
     keeps_z, keeps_s = _kept(operands, spec, keep=True)
+    if not needs_operator(operands):
+        return _forward(operands, spec, keeps_z or keeps_s)
+    y, z, s = torch.ops.fusedres.residual_linear(*operands, *spec, True)
     return y, z if keeps_z else None, s if keeps_s else None
 
 
@@ -279,9 +187,9 @@ def _visible_backward(
     g: Tensor, operands: Operands, z: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
 ) -> Gradients:
     """_backward, as an operator where somebody else is to see it."""
-    if _is_batched(g):  # a batch of gradients (is_grads_batched=True) has no kernel: the formula does it
+    if dispatch.is_legacy_batch(g):  # a batch of gradients (is_grads_batched=True) has no kernel: the formula does it
         return _spread(_reference_gradients(g, operands, spec, wanted), wanted)
-    call = _call_backward_operator if _needs_operator((g, operands.x)) else _backward
+    call = _call_backward_operator if needs_operator((g, operands.x)) else _backward
     return call(g, operands, z, s, spec, wanted)
 
 
@@ -289,17 +197,6 @@ def _differentiable_backward(
     g: Tensor, operands: Operands, z: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
 ) -> Gradients:
     return Gradients(*_Gradients.apply(spec, wanted, z, s, g, *operands))
-
-
-def _reference_gradients(g: Tensor, operands: Operands, spec: LayerSpec, wanted: Wanted) -> tuple[Tensor, ...]:
-    """The wanted gradients alone, by differentiating the reference: what double backward differentiates again."""
-    names = [name for name, is_wanted in wanted._asdict().items() if is_wanted]
-
-    def layer(*values: Tensor) -> Tensor:
-        return reference.layer(operands._replace(**dict(zip(names, values, strict=True))), spec)
-
-    y, pull = _vjp(layer, *(getattr(operands, name) for name in names))
-    return pull(g.to(y.dtype))
 
 
 def _spread(values: Sequence[Any], wanted: Wanted) -> Gradients:
@@ -319,7 +216,7 @@ def _double_backward(gg: Sequence[Tensor | None], tensors: Sequence[Any], spec: 
         g, *operands = filled
         return _reference_gradients(g, Operands(*operands), spec, wanted)
 
-    _, pull = _vjp(gradients, *(tensors[i] for i in at))
+    _, pull = reference.vjp(gradients, *(tensors[i] for i in at))
     found = pull(tuple(t for t, is_wanted in zip(gg, wanted, strict=True) if is_wanted))
     spread: list[Tensor | None] = [None] * len(tensors)
     for i, value in zip(at, found, strict=True):
@@ -339,7 +236,8 @@ def _unpack(arguments: Sequence[Any]) -> tuple[Operands, LayerSpec, Any]:
 @torch.library.impl(_LIBRARY, "residual_linear", "CompositeExplicitAutograd")
 def _residual_linear(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     operands, spec, keep = _unpack(arguments)
-    y, z, s = (operands.x.new_empty(0) if t is None else t for t in _forward(operands, spec, keep))
+    found = _forward(operands, spec, any(_kept(operands, spec, keep)))
+    y, z, s = (operands.x.new_empty(0) if t is None else t for t in found)
     return y, z, s
 
 

@@ -6,6 +6,7 @@ Stochastic depth asks it one word per row: the key is the layer call's 64-bit se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -20,6 +21,14 @@ _ROUNDS = 10
 def draw_seed() -> Tensor:
     """A 63-bit seed, int64 [], from torch's CPU generator whatever the device: the same rows drop on every backend."""
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
+def draw_seeds(layers: Sequence[int], depth: int) -> Tensor:
+    """int64 [depth]: at each of these layers what `draw_seed` would draw, called once for each in order; else 0."""
+    drawn = torch.randint(0, 2**63 - 1, (len(layers),), dtype=torch.int64, device="cpu")
+    if len(layers) == depth:
+        return drawn
+    return torch.zeros(depth, dtype=torch.int64, device="cpu").index_copy(0, torch.tensor(layers, device="cpu"), drawn)
 
 
 def words(seed: Tensor, counter: Tensor) -> Tensor:

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks, philox
-from .kernels.spec import LayerSpec, Operands
+from .kernels.spec import LayerSpec, NetworkSpec, Operands, Wanted
 
+vjp: Any = torch.func.vjp  # whose annotation is a union over has_aux
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -52,6 +54,49 @@ def layer(operands: Operands, spec: LayerSpec) -> Tensor:
             skip = skip * (spec.skip_scale if skip_scale is None else skip_scale)
         total = torch.cat([skip, branch], -1) if spec.skip == "concat" else skip + branch
     return activation(total) if is_post else total
+
+
+def network(x: Tensor, parameters: Sequence[Tensor], spec: NetworkSpec, seeds: Tensor | None = None) -> Tensor:
+    """y [..., d_L], layer after layer; seeds [layers] int64, without which no row drops."""
+    for i, bound in enumerate(spec.layers):
+        if seeds is None:
+            x = layer(bound.operands(x, parameters), bound.spec._replace(drop_path=0.0))
+        else:
+            x = layer(bound.operands(x, parameters, seeds[i]), bound.spec)
+    return x
+
+
+def layer_gradients(g: Tensor, operands: Operands, spec: LayerSpec, wanted: Wanted) -> tuple[Tensor, ...]:
+    """The wanted gradients alone, themselves differentiable."""
+    names = [name for name, is_wanted in wanted._asdict().items() if is_wanted]
+
+    def of(*values: Tensor) -> Tensor:
+        return layer(operands._replace(**dict(zip(names, values, strict=True))), spec)
+
+    y, pull = vjp(of, *(getattr(operands, name) for name in names))
+    return pull(g.to(y.dtype))
+
+
+def network_gradients(
+    g: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    spec: NetworkSpec,
+    seeds: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The gradients of those wanted among x and the parameters, themselves differentiable."""
+    tensors = [x, *parameters]
+    at = [i for i, is_wanted in enumerate(wanted) if is_wanted]
+
+    def of(*values: Tensor) -> Tensor:
+        filled = list(tensors)
+        for i, value in zip(at, values, strict=True):
+            filled[i] = value
+        return network(filled[0], filled[1:], spec, seeds)
+
+    y, pull = vjp(of, *(tensors[i] for i in at))
+    return pull(g.to(y.dtype))
 
 
 def residual_linear(

@@ -1,15 +1,19 @@
-"""What one residual layer is, as values: its tensors (`Operands`) and its options (`LayerSpec`).
+"""What a residual layer and a network of them are, as values: tensors (`Operands`) and options (`LayerSpec`).
 
-The lowest floor: the kernels, the reference and the dispatcher all speak these two.
+The lowest floor: the kernels, the reference and the dispatcher all speak these.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh", "sin", "none")
+ORDERS = ("pre", "post")
+SUMMED_SKIPS = ("none", "identity", "residual", "projection")  # concat puts skip and branch side by side instead
+WAYS = ("lanes", "dots", "blocks", "layers")  # in which the CPU engine cuts its work
 
 
 class Operands(NamedTuple):
@@ -78,3 +82,62 @@ class Gradients(NamedTuple):
     projection_bias: Tensor | None
     skip_scale: Tensor | None
     branch_scale: Tensor | None
+
+
+class Slots(NamedTuple):
+    """Where among a network's parameters a layer's tensors stand; -1 for one that it has not."""
+
+    weight: int
+    bias: int = -1
+    projection_weight: int = -1
+    projection_bias: int = -1
+    skip_scale: int = -1
+    branch_scale: int = -1
+
+
+class NetworkLayer(NamedTuple):
+    """One layer x [..., K] -> [..., N] of a network, its skip none, identity or projection."""
+
+    spec: LayerSpec
+    N: int
+    K: int
+    slots: Slots
+    slice: int = -1  # which slice of its tensors is this layer's, where they are stacked
+
+    def operands(self, x: Tensor, parameters: Sequence[Tensor], seed: Tensor | None = None) -> Operands:
+        def at(slot: int) -> Tensor | None:
+            if slot < 0:
+                return None
+            is_stacked = self.slice >= 0 and parameters[slot].dim() > 0
+            return parameters[slot][self.slice] if is_stacked else parameters[slot]
+
+        weight, bias, projection_weight, projection_bias, skip_scale, branch_scale = map(at, self.slots)
+        return Operands(x, weight, bias, None, projection_weight, projection_bias, skip_scale, branch_scale, seed)
+
+
+class NetworkSpec:
+    """The layers of a network in order. A value: equal layers, equal networks; its hash is computed once."""
+
+    __slots__ = ("_hash", "_plan", "layers", "widths")
+
+    def __init__(self, layers: Sequence[NetworkLayer]) -> None:
+        self.layers = tuple(layers)
+        self.widths = (self.layers[0].K, *(layer.N for layer in self.layers))  # d₀, …, d_L
+        self._hash: int | None = None
+        self._plan: Tensor | None = None  # kernels/cpu/plan.py makes it once
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash(self.layers)
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, NetworkSpec) and self.layers == other.layers)
+
+    def __reduce__(self) -> tuple:
+        return NetworkSpec, (self.layers,)
+
+    @property
+    def dropping(self) -> list[int]:
+        """The layers that drop rows while training."""
+        return [i for i, layer in enumerate(self.layers) if layer.spec.drop_path > 0]

@@ -75,7 +75,7 @@ MUTATIONS = {
         "g = drop_rows(g, m + 1, seed",
         "test_layer.py -k stochastic",
     ),
-    "lazy negation ignored": Mutation("fusedres/ops.py", "not t.is_neg() else", "True else"),
+    "lazy negation ignored": Mutation("fusedres/launch.py", "not t.is_neg() else", "True else"),
     "Philox key schedule": Mutation("fusedres/philox.py", "0xBB67AE85", "0xBB67AE84", "test_philox.py"),
     "kernel Philox counter": Mutation(
         "kernels/triton/philox.py", "low = (m & 0xFFFFFFFF)", "low = ((m + 1) & 0xFFFFFFFF)", "test_philox.py"

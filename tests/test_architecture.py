@@ -13,20 +13,37 @@ ROOT = Path(__file__).parent.parent
 ARROWS = {
     "kernels": set(),
     "philox": set(),
+    "toolchain": set(),
+    "native": {"toolchain"},
     "checks": {"kernels"},
-    "dispatch": {"kernels"},
+    "dispatch": {"kernels", "native"},
+    "launch": {"kernels", "dispatch"},
     "reference": {"kernels", "philox", "checks"},
-    "ops": {"kernels", "philox", "dispatch", "reference"},
+    "ops": {"kernels", "philox", "dispatch", "reference", "launch"},
+    "network_ops": {"kernels", "philox", "dispatch", "reference", "launch", "ops"},
+    "network_checks": {"kernels", "checks"},
     "explanation": {"kernels", "dispatch"},
     "functional": {"kernels", "checks", "dispatch", "explanation", "ops", "reference"},
     "modules": {"checks", "functional"},
+    "network": {
+        "kernels",
+        "dispatch",
+        "explanation",
+        "functional",
+        "network_checks",
+        "network_ops",
+        "ops",
+        "reference",
+    },
     "gradients": set(),
-    "studies": {"functional", "reference", "gradients", "modules", "dispatch", "explanation", ""},
-    "cli": {"studies", ""},
+    "studies": {"functional", "reference", "gradients", "modules", "network", "dispatch", "explanation", ""},
+    "cli": {"native", "toolchain", "studies", ""},
     "__main__": {"cli"},
-    "": {"functional", "reference", "dispatch", "explanation", "gradients", "modules"},  # fusedres/__init__.py
+    # fusedres/__init__.py
+    "": {"functional", "reference", "dispatch", "explanation", "gradients", "modules", "network"},
 }
-OUTSIDE = {"kernels": {"torch", "triton", "typing"}}  # what kernels may import from outside, besides the future
+# what kernels may import from outside, besides the future
+OUTSIDE = {"kernels": {"torch", "triton", "typing", "collections", "functools"}}
 
 
 def room(path: Path) -> str:

@@ -13,23 +13,25 @@ import pytest
 import torch
 
 import fusedres
-from fusedres import cli
+from fusedres import cli, native
 from fusedres.studies import demo
 
 ROOT = Path(__file__).parent.parent
 HAS_GPU = torch.cuda.is_available()
 
 
-def run(*arguments):
-    """`python -m fusedres …` where nothing yet says whether Triton interprets."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def run(*arguments, **variables):
+    """`python -m fusedres …` where nothing else yet says whether Triton interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-m", "fusedres", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.slow
-def test_the_demo_runs_end_to_end(tmp_path):
-    done = run("demo", "--out", tmp_path / "out", "--epochs", "1")
+@pytest.mark.parametrize("is_interpreted", [False, pytest.param(True, marks=pytest.mark.skipif(HAS_GPU, reason="CPU"))])
+def test_the_demo_runs_end_to_end(is_interpreted, tmp_path):
+    variables = {"TRITON_INTERPRET": "1"} if is_interpreted else {}
+    done = run("demo", "--out", tmp_path / "out", "--epochs", "1", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     for said in (
         "A, case 2: no two widths alike, with skips\nfused: loss",
@@ -39,10 +41,14 @@ def test_the_demo_runs_end_to_end(tmp_path):
         "Fused and eager agree",
     ):
         assert said in done.stdout
-    if not HAS_GPU:
+    if is_interpreted or (not HAS_GPU and native.missing()):
         assert done.stdout.startswith("no GPU: Triton kernels run through Triton's interpreter on the CPU")
         assert "triton-interpreter" in done.stdout
         assert "both run the eager formula" in done.stdout
+    elif not HAS_GPU:
+        assert done.stdout.startswith("no GPU: the C++ engine runs on the CPU")
+        assert "torch.float32: native, because" in done.stdout
+        assert "Fused trains through the C++ engine" in done.stdout
 
     for picture in ("gradients.png", "training.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")

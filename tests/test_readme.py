@@ -10,11 +10,11 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_examples_run(tmp_path, monkeypatch, capsys):
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert len(examples) == 2
+    assert len(examples) == 3
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for example in examples:
-        smaller = example.replace("4096, 64", "8, 64")  # the interpreter's patience
+        smaller = example.replace("4096, ", "8, ")  # the interpreter's patience
         exec(compile(smaller, str(README), "exec"), names)
     printed = capsys.readouterr().out
     assert "[8, 256] -> [8, 256] torch.float32: triton" in printed

@@ -15,12 +15,13 @@ from torch.func import grad, jacrev, vmap
 
 import fusedres
 from fusedres import FusedResidualLinear, dispatch, functional
-from fusedres.dispatch import Eager, Triton
+from fusedres.dispatch import Eager, Native, Triton
 from fusedres.kernels.config import Tiles
 from fusedres.kernels.spec import LayerSpec, Operands
 
+pytestmark = pytest.mark.backends("triton", "cpu")
+
 ON_A_GPU = torch.cuda.is_available()
-FUSED = "triton" if ON_A_GPU else "triton-interpreter"
 CPU = torch.device("cpu")
 
 
@@ -42,8 +43,13 @@ def in_another_process(code: str, **environment: str) -> str:
 # ---------------------------------------------------------------------------------------------- choices
 
 
-def test_a_call_takes_the_kernels(device):
+@pytest.mark.launches_nothing
+def test_a_call_takes_the_kernels(backend, device):
     choice = dispatch.choose(torch.device(device), torch.float32, is_empty=False)
+    if backend == "cpu":
+        assert isinstance(choice, Native)
+        assert "the C++ engine runs on the CPU, with products by" in choice.because
+        return
     assert isinstance(choice, Triton)
     assert choice.target == ("hip" if torch.version.hip else "cuda") if ON_A_GPU else "interpreter"
     assert ("runs the kernels" if ON_A_GPU else "TRITON_INTERPRET=1") in choice.because
@@ -52,10 +58,7 @@ def test_a_call_takes_the_kernels(device):
 REASONS = {
     "float64": (("cpu", None, torch.float64, True), "accumulate in float32, which is less than torch.float64 asks for"),
     "bfloat16-interpreted": (("cpu", None, torch.bfloat16, True), "interpreter computes bfloat16 products wrongly"),
-    "cpu-without-interpreter": (
-        ("cpu", None, torch.float32, False),
-        "x is on the CPU, where only Triton's",
-    ),
+    "float16-on-the-cpu": (("cpu", None, torch.float16, False), "the CPU engine has no kernels for torch.float16"),
     "meta": (("meta", None, torch.float32, False), "there are no kernels for meta devices"),
     "another-accelerator": (("mps", 0, torch.float32, False), "there are no kernels for mps devices"),
 }
@@ -99,7 +102,7 @@ def test_eager_switches_the_kernels_off(device):
 
 
 @pytest.mark.parametrize("context", [fusedres.eager, fusedres.batch_invariant])
-def test_a_context_ends_with_an_error(context, device):
+def test_a_context_ends_with_an_error(context, device, fused):
     def failing():
         with context():
             raise KeyError
@@ -108,26 +111,28 @@ def test_a_context_ends_with_an_error(context, device):
         failing()
     layer, x = FusedResidualLinear(6).to(device), torch.randn(3, 6, device=device)
     call = fusedres.explain(layer, x)[0]
-    assert call.backend == FUSED
+    assert call.backend == fused
     assert not call.spec.batch_invariant
 
 
 TRANSFORMS = {
-    "grad-runs-the-kernels": (lambda f, x: grad(lambda x: f(x).sum())(x), FUSED, ""),
-    "jacrev-runs-them-forward": (lambda f, x: jacrev(f)(x), FUSED, ""),
+    "grad-runs-the-kernels": (lambda f, x: grad(lambda x: f(x).sum())(x), "fused", ""),
+    "jacrev-runs-them-forward": (lambda f, x: jacrev(f)(x), "fused", ""),
     "vmap": (lambda f, x: vmap(f)(x), "eager", "torch.vmap may batch any operand"),
     "vmap-of-grad": (lambda f, x: vmap(grad(lambda x: f(x).sum()))(x), "eager", "torch.vmap may batch any operand"),
 }
 
 
-@pytest.mark.parametrize(("transformed", "backend", "words"), TRANSFORMS.values(), ids=TRANSFORMS)
-def test_what_a_transform_runs(transformed, backend, words, device):
+@pytest.mark.launches_nothing
+@pytest.mark.parametrize(("transformed", "expected", "words"), TRANSFORMS.values(), ids=TRANSFORMS)
+def test_what_a_transform_runs(transformed, expected, words, device, fused):
     layer, x = FusedResidualLinear(6).to(device), torch.randn(3, 6, device=device)
     call = fusedres.explain(lambda x: transformed(layer, x), x)[0]
-    assert call.backend == backend
+    assert call.backend == (fused if expected == "fused" else expected)
     assert words in call.choice.because
 
 
+@pytest.mark.launches_nothing
 def test_a_compiled_transform_has_a_reason(device):
     seen = []
 
@@ -143,24 +148,38 @@ def test_a_compiled_transform_has_a_reason(device):
 # ---------------------------------------------------------------------------------------------- explained
 
 
-def test_explain_tells_backend_sizes_and_tiles(device, capsys):
+def test_explain_tells_backend_sizes_and_tiles(backend, device, fused, capsys):
     layer = FusedResidualLinear(6, 4, skip="projection", recompute=True).to(device)
     explanation = fusedres.explain(layer, torch.randn(2, 3, 6, device=device))
     (call,) = explanation
-    assert (call.backend, call.M, call.N, call.K, call.dtype) == (FUSED, 6, 4, 6, torch.float32)
+    assert (call.backend, call.M, call.N, call.K, call.dtype) == (fused, 6, 4, 6, torch.float32)
     assert call.spec.skip == "projection"
-    assert isinstance(call.tiles, Tiles)
+    if backend == "cpu":
+        assert (call.tiles, call.way.name) == (None, "lanes")
+        details = ("way lanes, because every width is below 16", "computed again in backward")
+    else:
+        assert isinstance(call.tiles, Tiles)
+        details = ("BLOCK_M=16", "z recomputed")
     printed = capsys.readouterr().out
     assert printed.strip() == str(explanation)
-    for words in ("[6, 6] -> [6, 4] torch.float32", FUSED, call.choice.because, "BLOCK_M=16", "z recomputed"):
+    for words in ("[6, 6] -> [6, 4] torch.float32", fused, call.choice.because, *details):
         assert words in printed
 
 
-def test_explain_tells_why_eager(device, capsys):
-    layer = FusedResidualLinear(6).to(device).double()
-    (call,) = fusedres.explain(layer, torch.randn(3, 6, device=device).double())
+@pytest.mark.parametrize(
+    ("backend", "dtype", "words"),
+    [
+        ("triton", torch.float64, "the kernels accumulate in float32"),
+        pytest.param("cpu", torch.float16, "the CPU engine has no kernels", marks=pytest.mark.launches_nothing),
+    ],
+    indirect=["backend"],
+    ids=str,
+)
+def test_explain_tells_why_eager(dtype, words, device, capsys):
+    layer = FusedResidualLinear(6).to(device, dtype)
+    (call,) = fusedres.explain(layer, torch.randn(3, 6, device=device, dtype=dtype))
     assert (call.backend, call.tiles) == ("eager", None)
-    assert "eager, because the kernels accumulate in float32" in capsys.readouterr().out
+    assert f"eager, because {words}" in capsys.readouterr().out
 
 
 def test_explain_names_layers(device):
@@ -198,11 +217,14 @@ def test_explain_without_a_fused_call(capsys):
     assert "no fused call was made" in capsys.readouterr().out
 
 
-def test_explain_under_autocast(device):
-    layer, x = FusedResidualLinear(6).to(device), torch.randn(3, 6, device=device)
-    with torch.autocast(device, torch.float16):
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("triton", torch.float16), ("cpu", torch.bfloat16)], indirect=["backend"], ids=str
+)
+def test_explain_under_autocast(dtype, device, fused):
+    layer, x = FusedResidualLinear(6, 4).to(device), torch.randn(3, 6, device=device)
+    with torch.autocast(device, dtype):
         (call,) = fusedres.explain(layer, x)
-    assert (call.backend, call.dtype) == (FUSED, torch.float16)
+    assert (call.backend, call.dtype) == (fused, dtype)
 
 
 def test_explain_changes_nothing(device):
@@ -246,17 +268,33 @@ def test_importing_asks_the_machine_nothing():
     assert printed == "[] []\nFalse"
 
 
-def test_the_cpu_without_the_interpreter_is_eager_and_says_so():
+def test_the_cpu_takes_the_engine_where_there_is_one_and_says_so():
     printed = in_another_process("""
         import sys, torch, fusedres
+        from fusedres import native
         layer = fusedres.FusedResidualLinear(4)
         call, = fusedres.explain(layer, torch.ones(2, 4))
         layer(torch.ones(2, 4)).sum().backward()
-        assert call.backend == "eager"
+        if reason := native.missing():
+            assert (call.backend, call.choice.because) == ("eager", reason)
+        else:
+            assert call.backend == "native"
         assert "triton" not in sys.modules
     """)
-    assert "[2, 4] -> [2, 4] torch.float32: eager, because x is on the CPU" in printed
-    assert "TRITON_INTERPRET=1" in printed
+    assert "[2, 4] -> [2, 4] torch.float32: " in printed
+
+
+def test_a_missing_engine_is_told(monkeypatch):
+    monkeypatch.setattr(dispatch.native, "missing", lambda: "there is no compiler")
+    assert dispatch._cpu_backend(torch.float32) == Eager("there is no compiler")
+
+
+def test_bfloat16_needs_brgemm_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(dispatch.native, "missing", lambda: None)
+    for has_brgemm, kind in ((False, Eager), (True, Native)):
+        monkeypatch.setattr(dispatch, "has_brgemm", lambda dtype, has_brgemm=has_brgemm: has_brgemm)
+        assert isinstance(dispatch._cpu_backend(torch.bfloat16), kind)
+        assert isinstance(dispatch._cpu_backend(torch.float32), Native)
 
 
 # ---------------------------------------------------------------------------------------------- never of M
@@ -293,6 +331,7 @@ def training_bits(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
 
 
+@pytest.mark.backends("triton")  # the CPU engine chooses its way by the rows, see test_cpu.py
 @pytest.mark.parametrize(
     ("batches", "context"),
     [([1, 5, 17, 64], nullcontext), ([65, 70, 130], nullcontext), ([1, 17, 64, 65, 130], fusedres.batch_invariant)],

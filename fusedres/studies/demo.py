@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dispatch import Eager, Native, Triton, backend
 from ..dispatch import eager as eager_formula
 from ..explanation import explain
 from ..gradients import GradientComparison, compare_gradients, picture
@@ -163,8 +164,12 @@ def train_both(epochs: int, seed: int, device: torch.device) -> dict[str, Traini
     from tqdm import tqdm
 
     print(f"\nA residual classifier of scanned digits, {epochs} epochs, eager and fused by turns.")
-    if device.type == "cpu":
-        print("No kernels here: on a CPU the interpreter is too slow to train with, so both run the eager formula.")
+    choice = _choice(device)
+    if isinstance(choice, Native):
+        print("Fused trains through the C++ engine on the CPU, one thread each.")
+    elif not _trains_fused(device):
+        why = "the interpreter is too slow to train with" if isinstance(choice, Triton) else choice.because
+        print(f"No kernels here: {why}, so both run the eager formula.")
         print("That the curves coincide is expected then, and the times say nothing about the kernels.")
     images, labels, held_out_images, held_out_labels = _digits(seed, device)
     models = {name: _classifier(layer, seed).to(device) for name, layer in _LAYERS.items()}
@@ -173,7 +178,7 @@ def train_both(epochs: int, seed: int, device: torch.device) -> dict[str, Traini
 
     steps = epochs * (len(images) // BATCH)
     with (
-        eager_formula() if device.type == "cpu" else nullcontext(),
+        nullcontext() if _trains_fused(device) else eager_formula(),
         tqdm(total=len(models) * steps, desc="training", unit="step") as progress,
     ):
         for model in models.values():
@@ -251,11 +256,28 @@ def _where(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}: Triton kernels run on the GPU"
     reason = "GPU left aside" if torch.cuda.is_available() else "no GPU"
-    return f"{reason}: Triton kernels run through Triton's interpreter on the CPU"
+    choice = _choice(device)
+    if isinstance(choice, Triton):
+        return f"{reason}: Triton kernels run through Triton's interpreter on the CPU"
+    if isinstance(choice, Native):
+        return f"{reason}: {choice.because}"
+    return f"{reason}: the eager formula runs for fused layers too, because {choice.because}"
+
+
+def _choice(device: torch.device) -> Eager | Native | Triton:
+    return backend(device, torch.float32)
+
+
+def _trains_fused(device: torch.device) -> bool:
+    """Whether fused layers train through kernels, which an interpreter would make too slow."""
+    choice = _choice(device)
+    return isinstance(choice, Native) or (isinstance(choice, Triton) and choice.target != "interpreter")
 
 
 def _formula(device: torch.device) -> str:
-    return "eager formula" if device.type == "cpu" else "fused kernels"
+    if isinstance(_choice(device), Native):
+        return "C++ engine"
+    return "fused kernels" if _trains_fused(device) else "eager formula"
 
 
 def _draw_comparisons(comparisons: Comparisons, path: Path) -> None:

@@ -1,0 +1,206 @@
+"""A whole network of residual layers in one call: described and checked once, then called at the price of one layer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import dispatch, explanation, functional, network_checks, network_ops, ops, reference
+from .dispatch import Eager, Native, Triton, Way
+from .kernels.cpu import launch
+from .kernels.cpu.plan import encoded
+
+Scale = float | Tensor | Sequence[float | Tensor]
+
+
+class Network:
+    """y = f_L(… f_1(x)), every layer of `functional.residual_linear`'s formula: x [..., d₀] -> [..., d_L].
+
+    Bound to its tensors, and seeing whatever becomes of them: gradients, in-place updates, `load_state_dict`, `.to`.
+
+    Args:
+        weights: W of every layer, [N, K]; or [L, N, N] for a run of L layers, whose bias is [L, N], λ [L], a [L] or
+            [L, N] then. One parameter costs autograd less than L.
+        biases, projection_weights, projection_biases: None, or one (or None) for every entry of weights.
+        activation, approximate, order: as for a layer, of all layers.
+        skip: auto, identity, projection or None; one for all, or one for every entry of weights.
+        skip_scale, branch_scale: λ and a; a number or a tensor for all layers, or one for every entry of weights.
+        last_activation: "same" as the others', or "none".
+        drop_path: while training, the probability that a row's branch is dropped; for all, or one for every layer.
+        recompute: whether backward computes activations again instead of keeping them; "auto" keeps what is small.
+
+    Raises:
+        TypeError, ValueError: what a layer would raise, with its index.
+    """
+
+    def __init__(
+        self,
+        weights: Tensor | Sequence[Tensor],
+        biases: Tensor | Sequence[Tensor | None] | None = None,
+        *,
+        activation: str = "gelu",
+        approximate: str = "none",
+        order: str = "pre",
+        skip: str | Sequence[str | None] | None = "auto",
+        skip_scale: Scale = 1.0,
+        branch_scale: Scale = 1.0,
+        projection_weights: Sequence[Tensor | None] | None = None,
+        projection_biases: Sequence[Tensor | None] | None = None,
+        last_activation: str = "same",
+        drop_path: float | Sequence[float] = 0.0,
+        recompute: bool | str = "auto",
+    ) -> None:
+        options = (activation, approximate, order, last_activation, drop_path, recompute)
+        self.spec, self._tensors = network_checks.described(
+            weights, biases, projection_weights, projection_biases, skip, skip_scale, branch_scale, options
+        )
+        self.recompute = recompute
+        self._dropping = self.spec.dropping
+        self._encoded = encoded(self.spec)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What is found out anew in a copy, or in another process."""
+        self._known: dict[tuple[int, torch.dtype], tuple[int, bool] | None] = {}  # way and keeps, or None for others
+        self._handle: int | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Its tensors, each once."""
+        return tuple({id(t): t for t in self._tensors}.values())
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """d₀, …, d_L."""
+        return self.spec.widths
+
+    def __repr__(self) -> str:
+        sizes = self.sizes if len(self.sizes) <= 16 else (*self.sizes[:3], ..., *self.sizes[-3:])
+        shown = ", ".join("…" if size is ... else str(size) for size in sizes)
+        return f"Network([{shown}], {len(self.spec.layers)} layers)"
+
+    def __call__(self, x: Tensor, training: bool = False) -> Tensor:
+        """x [..., d₀] -> [..., d_L]; training: rows drop as drop_path says, drawn as the layers one by one would."""
+        if torch.compiler.is_compiling():
+            return self._traced_call(x, training)
+        try:
+            if type(x) is not Tensor or not x.is_cpu or not _is_plain_call():
+                return self._general_call(x, training)
+            key = (x.numel(), x.dtype)
+            known = self._known.get(key, _UNKNOWN)
+            if known is _UNKNOWN:
+                known = self._remember(key, *self._choose(x))
+            if known is None:
+                return self._general_call(x, training)
+            way, keeps = known
+            seeds = self._seeds(training)
+            if seeds is None and not torch.is_grad_enabled():
+                return launch.infer(self._handle or self._bind(), x, way)
+            return network_ops.residual_network(x, self._tensors, network_ops.Call(self.spec, seeds, way, keeps))
+        except RuntimeError:
+            network_checks.check(x, self.spec, self._tensors, False)  # where it is the caller's mistake, in their words
+            raise
+
+    def _remember(
+        self, key: tuple[int, torch.dtype], choice: Eager | Native | Triton, way: Way | None, keeps: bool
+    ) -> tuple[int, bool] | None:
+        if len(self._known) >= 256:
+            self._known.clear()
+        self._known[key] = known = (way.index, keeps) if isinstance(choice, Native) and self._is_plain else None
+        return known
+
+    def _bind(self) -> int:
+        self._handle = launch.bind(self.spec, self._tensors)
+        weakref.finalize(self, launch.unbind, self._handle).atexit = False
+        return self._handle
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether all tensors are of torch's own types, on the CPU, and in memory as they are worth."""
+        return all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and not t.is_neg() for t in self._tensors)
+
+    def _choose(self, x: Tensor) -> tuple[Eager | Native | Triton, Way | None, bool]:
+        """What runs a call of x; with the C++ engine also in which way, and whether it keeps activations."""
+        choice = self._backend(x)
+        if not isinstance(choice, Native):
+            return choice, None, False
+        M = x.numel() // self.sizes[0]
+        way = dispatch.cpu_way(M, self.sizes, x.dtype)
+        if isinstance(way, Eager):
+            return way, None, False
+        if self.recompute == "auto":
+            return choice, way, dispatch.keeps(M, self.sizes, x.dtype, way.name)
+        return choice, way, not self.recompute
+
+    def _backend(self, x: Tensor) -> Eager | Native | Triton:
+        return dispatch.choose(x.device, x.dtype, x.numel() == 0 or 0 in self.sizes)
+
+    def _seeds(self, training: bool) -> Tensor | None:
+        if not (training and self._dropping):
+            return None
+        return network_ops.draw_seeds(self._dropping, len(self.spec.layers))
+
+    def _general_call(self, x: Tensor, training: bool) -> Tensor:
+        """Whatever x is, and whoever looks on."""
+        network_checks.check_input(x, self.sizes[0])
+        if getattr(forward_ad, "_current_level", -1) >= 0:  # a layer refuses it, while the formula has it
+            return reference.network(x, self._tensors, self.spec, self._seeds(training))
+        if self._goes_by_layers(x):
+            return self._one_by_one(x, training)
+        tensors = launch.resolved(list(self._tensors))
+        if type(x.numel()) is not int:  # traced: the operator finds its way as it runs
+            return network_ops.residual_network_operator(x, tensors, self._seeds(training), *self._encoded)
+        choice, way, keeps = self._choose(x)
+        if explanation.is_listening():
+            explanation.note_network(choice, x, self.spec, way, keeps)
+        seeds = self._seeds(training)
+        if way is None:
+            return reference.network(x, tensors, self.spec, seeds)
+        if ops.needs_operator((x, *tensors)):
+            return network_ops.residual_network_operator(x, tensors, seeds, *self._encoded)
+        return network_ops.residual_network(x, tensors, network_ops.Call(self.spec, seeds, way.index, keeps))
+
+    def _traced_call(self, x: Tensor, training: bool) -> Tensor:
+        network_checks.check_input(x, self.sizes[0])
+        if self._goes_by_layers(x):
+            return self._one_by_one(x, training)
+        seeds = self._seeds(training)
+        return network_ops.residual_network_operator(x, self._tensors, seeds, *self._encoded)
+
+    def _goes_by_layers(self, x: Tensor) -> bool:
+        """Whether each layer is called by itself: on a GPU, and where not all of the network is the engine's to run."""
+        if dispatch.transforms_are_active() or dispatch.is_switched() or functional.autocast_dtype(x) is not None:
+            return True
+        return not isinstance(self._backend(x), Native)
+
+    def _one_by_one(self, x: Tensor, training: bool) -> Tensor:
+        autocast = functional.autocast_dtype(x)
+        network_checks.check(x, self.spec, self._tensors, autocast is not None)  # Triton's kernels check nothing
+        for layer in self.spec.layers:
+            spec = layer.spec if training else layer.spec._replace(drop_path=0.0)
+            x = functional.call(layer.operands(x, self._tensors), spec, autocast)
+        return x
+
+
+_UNKNOWN: Any = object()
+
+
+def _is_plain_call() -> bool:
+    """Whether nobody bends the call or looks on."""
+    return not (
+        dispatch.modes_in_force()
+        or dispatch.transforms_are_active()
+        or dispatch.is_switched()
+        or explanation.is_listening()
+        or functional.is_any_autocast_enabled()
+        or getattr(forward_ad, "_current_level", -1) >= 0
+    )
