@@ -102,17 +102,17 @@ def mismatches(case: Case, seed: int, device: str = DEVICE) -> list[str]:
     draw = torch.Generator().manual_seed(zlib.crc32(f"{case} {seed}".encode()))
 
     def make(name: str, *shape: int) -> Tensor:
-        return _integers(name, shape, K, draw).to(device, dtype)
+        return integers(name, shape, K, draw).to(device, dtype)
 
     operands = subject.operands(M, N, K, make)
     if operands.seed is not None:
         operands = operands._replace(seed=torch.randint(2**62, (), generator=draw))
-    g = _integers("g", (M, N + (K if spec.skip == "concat" else 0)), K, draw).to(device, dtype)
-    y, z, s, gradients = _truth(operands, spec, g)
+    g = integers("g", (M, N + (K if spec.skip == "concat" else 0)), K, draw).to(device, dtype)
+    y, z, s, gradients = truth_of(operands, spec, g)
 
     if c.kernel == "forward":
         got = layer.forward(operands, spec, dtype, c.tile, precision, True, spec.skip == "projection")
-        return _compare({"y": (got[0], y), "z": (got[1], z), "s": (got[2], s)})
+        return compare({"y": (got[0], y), "z": (got[1], z), "s": (got[2], s)})
 
     every = everything(operands)
     wanted = Wanted(*(name == "x" for name in Wanted._fields)) if c.kernel == "dx" else every._replace(x=False)
@@ -122,11 +122,11 @@ def mismatches(case: Case, seed: int, device: str = DEVICE) -> list[str]:
         tiles = Tiles(c.tile, ANY_TILE if c.kernel == "dx" else c.tile, c.tile)
         gradient = layer_backward.backward(g, operands, *kept, spec, wanted, tiles, precision)
         pairs = {name: (t, gradients[name]) for name, t in gradient._asdict().items() if t is not None}
-        found += _compare(pairs, " recomputing z" if recomputes else "")
+        found += compare(pairs, " recomputing z" if recomputes else "")
     return found
 
 
-def _integers(name: str, shape: tuple[int, ...], depth: int, draw: torch.Generator) -> Tensor:
+def integers(name: str, shape: tuple[int, ...], depth: int, draw: torch.Generator) -> Tensor:
     """Integers whose products over `depth` stay near 5, where fp16 and bf16 still count by one; scales are ± 1 or 2."""
     if name in ("skip_scale", "branch_scale"):
         return torch.tensor([-2.0, -1.0, 1.0, 2.0])[torch.randint(4, shape, generator=draw)]
@@ -137,7 +137,7 @@ def _integers(name: str, shape: tuple[int, ...], depth: int, draw: torch.Generat
     return values
 
 
-def _truth(
+def truth_of(
     operands: Operands, spec: LayerSpec, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor | None]]:
     """y, z, s and every gradient from the reference in float64, which holds these integers exactly."""
@@ -156,7 +156,7 @@ def _truth(
     return y.detach(), z, s, gradients
 
 
-def _compare(pairs: dict[str, tuple[Tensor | None, Tensor | None]], when: str = "") -> list[str]:
+def compare(pairs: dict[str, tuple[Tensor | None, Tensor | None]], when: str = "") -> list[str]:
     found = []
     for name, (got, truth) in pairs.items():
         if truth is None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import gc
+import hashlib
+import json
+import math
 import os
 import platform
 import re
@@ -10,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -89,6 +93,66 @@ def _timing(samples: list[float]) -> Timing:
     return Timing(median, p10, p90, len(samples))
 
 
+class Quartiles(NamedTuple):
+    """Milliseconds of one call: the median and the quartiles over rounds, a round being the mean of `calls` calls."""
+
+    median: float
+    lower: float
+    upper: float
+    rounds: int
+    calls: int
+
+    @property
+    def spread(self) -> float:
+        """(upper - lower) / median."""
+        return (self.upper - self.lower) / self.median
+
+
+def in_turns(
+    functions: dict[str, Callable[[], object]],
+    budget_s: float = 20.0,
+    fill_s: float = 2e-3,
+    least: int = 3,
+    most: int = 1000,
+) -> dict[str, Quartiles]:
+    """CPU time of each function's call, in rounds that begin with another one each time.
+
+    In a round each function is called as often in a row as fills `fill_s`, so short calls run with warm caches and the
+    clock's own cost vanishes. Rounds go on until they have taken `budget_s`; there are at least `least`.
+    """
+    calls = {name: _calls_to_fill(function, fill_s) for name, function in functions.items()}
+    names = list(functions)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.freeze()  # what lives longer than the rounds is not searched again within them
+    try:
+        start = time.perf_counter()
+        for i in range(most):
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                samples[name].append(_host_run(functions[name], calls[name])())
+            if i + 1 >= least and time.perf_counter() - start > budget_s:
+                break
+    finally:
+        gc.unfreeze()
+    return {name: _quartiles(found, calls[name]) for name, found in samples.items()}
+
+
+def _calls_to_fill(function: Callable[[], object], fill_s: float) -> int:
+    """How many calls take fill_s, asked of the function itself, which warms up by it."""
+    function()
+    calls = 1
+    while (taken_s := _host_run(function, calls)() * calls / 1e3) < fill_s:
+        calls = max(2 * calls, min(10 * calls, math.ceil(calls * fill_s / max(taken_s, 1e-9))))
+    return max(1, math.ceil(calls * fill_s / taken_s))
+
+
+def _quartiles(samples: list[float], calls: int) -> Quartiles:
+    at = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    lower, median, upper = torch.tensor(samples, dtype=torch.float64).quantile(at).tolist()
+    return Quartiles(median, lower, upper, len(samples), calls)
+
+
 def machine(device: str = "cuda") -> dict[str, str]:
     """What a figure has to be read with: the chip, the driver, the versions, the commit, the date."""
     facts = {"device": platform.processor() or platform.machine(), "driver": "none"}
@@ -103,6 +167,95 @@ def machine(device: str = "cuda") -> dict[str, str]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def host() -> dict[str, str | float]:
+    """What a CPU figure has to be read with: the processor, its threads, compiler, versions, commit and date."""
+    return {
+        "cpu": _cpu_name(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "compiler": _compiler(),
+        "commit": commit(),
+        "sources": sources(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _compiler() -> str:
+    """The first line that the compiler of the CPU kernels says of itself."""
+    from fusedres import toolchain
+
+    try:
+        return _output([*toolchain.find_compiler().command, "--version"]).partition("\n")[0] or "unknown"
+    except toolchain.Unavailable as why:
+        return f"none: {why}"
+
+
+def sources() -> str:
+    """A checksum of everything that is measured: the package's files and its kernels."""
+    root = Path(__file__).resolve().parent.parent
+    found = hashlib.sha256()
+    for folder in ("fusedres", "kernels"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h") and path.is_file():
+                found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+class Results:
+    """Rows of measurements in a JSON file, written after each one; a later run keeps those it finds there.
+
+    Not those from other sources of fusedres, another processor, number of threads, torch or compiler. `again` measures
+    rows anew as they come, and keeps those that do not come.
+    """
+
+    SAME = ("sources", "cpu", "threads", "torch", "compiler")
+
+    def __init__(self, path: Path | None, kind: str, again: bool = False) -> None:
+        self.path, self.again = path, again
+        self.record: dict[str, Any] = {"kind": kind, **host(), "rows": {}}
+        if path is None or not path.exists():
+            return
+        before = json.loads(path.read_text())
+        if before.get("kind") != kind:
+            raise ValueError(f"{path} must hold results of kind {kind}, got {before.get('kind')}")
+        if all(before.get(fact) == self.record[fact] for fact in self.SAME):
+            self.record["rows"] = before["rows"]
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        return self.record["rows"]
+
+    def is_done(self, name: str) -> bool:
+        """Whether the file had this row, and nobody asked for it again."""
+        return name in self.rows and not self.again
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Keep a row, with the commit and the hour it is of."""
+        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        self.rows[name] = {**row, "commit": self.record["commit"], "date": now}
+        self.write()
+
+    def write(self) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = self.path.with_name(self.path.name + ".part")
+            scratch.write_text(json.dumps(self.record, indent=1) + "\n")
+            scratch.replace(self.path)  # a run that is killed leaves the rows that it had
 
 
 def ptxas() -> str:
@@ -126,5 +279,5 @@ def _output(command: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    for fact, value in machine("cuda" if torch.cuda.is_available() else "cpu").items():
-        print(f"{fact:<8}{value}")
+    for fact, value in (machine() if torch.cuda.is_available() else host()).items():
+        print(f"{fact:<16}{value}")
