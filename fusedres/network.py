@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import dispatch, explanation, functional, network_checks, network_ops, ops, reference
 from .dispatch import Eager, Native, Triton, Way
@@ -90,7 +91,7 @@ class Network:
 
     def __call__(self, x: Tensor, training: bool = False) -> Tensor:
         """x [..., d₀] -> [..., d_L]; training: rows drop as drop_path says, drawn as the layers one by one would."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._traced_call(x, training)
         try:
             if type(x) is not Tensor or not x.is_cpu or not _is_plain_call():
@@ -102,7 +103,7 @@ class Network:
             if known is None:
                 return self._general_call(x, training)
             way, keeps = known
-            seeds = self._seeds(training)
+            seeds = self._seeds(training) if training else None
             if seeds is None and not torch.is_grad_enabled():
                 return launch.infer(self._handle or self._bind(), x, way)
             return network_ops.residual_network(x, self._tensors, network_ops.Call(self.spec, seeds, way, keeps))

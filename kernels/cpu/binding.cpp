@@ -1,5 +1,6 @@
 // The engine as PyTorch operators: tensors become addresses, checked against the plan on every call.
 #include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -59,6 +60,14 @@ bool has_brgemm(at::ScalarType dtype) {
 }
 
 int64_t capabilities() { return int64_t(has_brgemm(at::kFloat)) + 2 * int64_t(has_brgemm(at::kBFloat16)); }
+
+// at::empty without its dispatch, which costs more than a small layer; with it where torch fills fresh memory, as tests ask.
+Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
+    const auto &context = at::globalContext();
+    if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
+        return at::empty(sizes, at::TensorOptions().dtype(dtype));
+    return Tensor(at::detail::empty_cpu(sizes, dtype));
+}
 
 // ------------------------------------------------------------------------------------------------ the plan
 
@@ -229,9 +238,9 @@ struct Arguments {
 };
 
 Tensor output_like(const Tensor &x, int64_t columns) {
-    std::vector<int64_t> sizes = x.sizes().vec();
+    c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
     sizes.back() = columns;
-    return at::empty(sizes, x.options());
+    return fresh(sizes, x.scalar_type());
 }
 
 Tensor run_forward(const Given &given, const Tensor &x, const std::optional<Tensor> &residual,
@@ -243,7 +252,7 @@ Tensor run_forward(const Given &given, const Tensor &x, const std::optional<Tens
     by_dtype(x.scalar_type(), [&](auto type) {
         using T = decltype(type);
         if (kept) {
-            *kept = at::empty({kept_bytes<T>(arguments.call)}, x.options().dtype(at::kByte));
+            *kept = fresh({kept_bytes<T>(arguments.call)}, at::kByte);
             in_huge_pages(kept->mutable_data_ptr(), int64_t(kept->nbytes()));
         }
         forward<T>(arguments.call, y.mutable_data_ptr(), kept ? kept->mutable_data_ptr() : nullptr);
@@ -258,7 +267,7 @@ std::tuple<Tensor, Tensor> forward_operator(const Tensor &plan, const Parameters
     c10::SmallVector<bool, 64> wants(wanted.begin(), wanted.end());
     Tensor kept;
     Tensor y = run_forward(given, x, residual, seeds, way, wants, keep ? &kept : nullptr);
-    return {y, keep ? kept : at::empty({0}, x.options().dtype(at::kByte))};
+    return {y, keep ? kept : fresh({0}, at::kByte)};
 }
 
 std::vector<Tensor> backward_operator(const Tensor &plan, const Parameters &parameters, const Tensor &x,
@@ -269,12 +278,13 @@ std::vector<Tensor> backward_operator(const Tensor &plan, const Parameters &para
     TORCH_CHECK(wants.size() == given.parameters.size() + 2, "one wish per gradient expected");
     std::vector<Tensor> gradients(given.parameters.size()), found;
     for (size_t i = 0; i < gradients.size(); i++)
-        if (wants[i + 2]) gradients[i] = at::empty(given.parameters[i].sizes(), given.parameters[i].options());
+        if (wants[i + 2]) gradients[i] = fresh(given.parameters[i].sizes(), given.parameters[i].scalar_type());
     const Network network(given, x.scalar_type(), seeds, &gradients, wants);
     const Arguments arguments(network, x, residual, way);
     Tensor dx, dresidual;
-    if (wants[0]) found.push_back(dx = at::empty(x.sizes(), x.options()));
-    if (wants[1]) found.push_back(dresidual = at::empty(residual->sizes(), residual->options()));
+    if (wants[0]) found.push_back(dx = fresh(x.sizes(), x.scalar_type()));
+    if (wants[1]) found.push_back(dresidual = fresh(residual->sizes(), residual->scalar_type()));
+    found.reserve(gradients.size() + 2);
     for (const Tensor &gradient : gradients)
         if (gradient.defined()) found.push_back(gradient);
     int64_t ldg;

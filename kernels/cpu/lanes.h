@@ -2,6 +2,8 @@
 // is one number that meets R rows at a time.
 #pragma once
 
+#include <optional>
+
 #include "blocks.h"
 
 namespace fusedres {
@@ -244,16 +246,16 @@ void forward_lanes(const Call &call, T *y, Compute<T> *kept) {
     const int64_t blocks = (call.M + R - 1) / R, N = call.layers[call.depth - 1].N;
     LaneParameters<T> numbers(call);
     const auto parameters = lane_layers<T>(call, numbers);
-    const KeptLayout<C> layout(call);
+    const std::optional<KeptLayout<C>> layout = kept ? std::optional<KeptLayout<C>>(call) : std::nullopt;
     together(int(std::min<int64_t>(call.threads, blocks)), [&](const Team &team) {
         LaneMemory<C, R> memory;
         Team::Share share = team.share(blocks);
         for (int64_t b = share.first; b < share.last; b++) {
             const Rows rows{b * R, std::min<int64_t>(R, call.M - b * R), R};
             load_block<T, R>(call, rows, memory);
-            C *block = kept ? kept + b * R * layout.row_elements() : nullptr;
+            C *block = kept ? kept + b * R * layout->row_elements() : nullptr;
             const C *out =
-                forward_lanes_block<C, R>(call, parameters.data(), &layout, call.first_row + rows.first, memory, block);
+                forward_lanes_block<C, R>(call, parameters.data(), layout ? &*layout : nullptr, call.first_row + rows.first, memory, block);
             from_lanes<T, R>(out, rows.count, N, y + rows.first * N);
         }
     });
