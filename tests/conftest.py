@@ -1,6 +1,12 @@
-"""The same tests natively on a GPU, and in Triton's interpreter without one."""
+"""The same tests on every backend: Triton's kernels on a GPU, or interpreted without one, and the C++ engine.
+
+A test that takes `device` or `backend` runs on the backends that its mark `backends` names, or on Triton alone.
+"""
 
 import os
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
 
@@ -12,7 +18,22 @@ if not HAS_GPU:
 
 import pytest  # noqa: E402
 
+from fusedres import dispatch, native  # noqa: E402
+from fusedres.kernels.cpu import launch  # noqa: E402
+
 DEVICE = "cuda" if HAS_GPU else "cpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "backends(*names): the backends that the test runs on: triton, cpu")
+    config.addinivalue_line("markers", "launches_nothing: on the CPU backend the test may call no kernel")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marked = metafunc.definition.get_closest_marker("backends")
+    chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if marked and "backend" in metafunc.fixturenames and not any("backend" in names for names in chosen):
+        metafunc.parametrize("backend", marked.args, indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,8 +48,67 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def device() -> str:
-    return DEVICE
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """triton or cpu: whose kernels run tensors on `device`."""
+    name = getattr(request, "param", "triton")
+    if name == "triton":
+        yield name
+        return
+    require_engine()
+    if not HAS_GPU and find_spec("triton") is not None:
+        import fusedres.kernels.triton.layer_backward  # noqa: F401 : interpreted, as later tests expect it
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    launches = count_launches(monkeypatch)
+    forget_choices()
+    if request.node.callspec.params.get("dtype") == torch.bfloat16:
+        choice = dispatch.backend(torch.device("cpu"), torch.bfloat16)
+        if isinstance(choice, dispatch.Eager):
+            pytest.skip(choice.because)
+    yield name
+    forget_choices()
+    if "launches_nothing" not in request.keywords:
+        assert launches, "the C++ engine did not run: this test has proved nothing of it"
+
+
+def require_engine() -> None:
+    """Skips where this machine has no C++ compiler, and fails where it has one and yet no engine."""
+    if reason := native.missing():
+        try:
+            native.find_compiler()
+        except native.Unavailable as error:
+            pytest.skip(str(error))
+        pytest.fail(f"there is a compiler, but no engine: {reason}")
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the engine's launchers, as they are called."""
+    launches: list[str] = []
+
+    def counted(name):
+        call = getattr(launch, name)
+        return lambda *arguments: (launches.append(name), call(*arguments))[1]
+
+    for name in ("forward", "backward", "network_forward", "network_backward", "infer"):
+        monkeypatch.setattr(launch, name, counted(name))
+    return launches
+
+
+def forget_choices() -> None:
+    """Whatever was decided, or compiled, in view of the environment."""
+    dispatch._cached_backend.cache_clear()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    return "cpu" if backend == "cpu" else DEVICE
+
+
+@pytest.fixture
+def fused(backend: str) -> str:
+    """What `explain` calls the backend."""
+    return "native" if backend == "cpu" else "triton" if HAS_GPU else "triton-interpreter"
 
 
 @pytest.fixture(autouse=True)

@@ -284,6 +284,7 @@ def test_a_wrong_layer(options, kind, words):
         FusedResidualLinear(K, N, **options)
 
 
+@pytest.mark.backends("triton", "cpu")
 def test_a_wrong_value_is_told_after_an_equal_right_one(device):
     """Validated options are remembered, and True == 1.0."""
     x, weight = torch.ones(2, K, device=device), torch.ones(K, K, device=device)
@@ -292,6 +293,7 @@ def test_a_wrong_value_is_told_after_an_equal_right_one(device):
         residual_linear(x, weight, skip_scale=True)
 
 
+@pytest.mark.backends("triton", "cpu")
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -311,6 +313,7 @@ def test_a_layer_works_after_an_error(call, words, device):
     assert torch.equal(torch.random.get_rng_state(), state), "an error draws no random numbers"
 
 
+@pytest.mark.backends("triton", "cpu")
 def test_an_error_inside_a_context_leaves_it(device):
     layer, x = FusedResidualLinear(K).to(device), torch.randn(3, K, device=device)
     for context in (fusedres.eager, fusedres.batch_invariant):
@@ -321,6 +324,7 @@ def test_an_error_inside_a_context_leaves_it(device):
     assert not call.spec.batch_invariant
 
 
+@pytest.mark.backends("triton", "cpu")
 def test_an_error_inside_explain_leaves_it(device):
     layer, x = FusedResidualLinear(K).to(device), torch.randn(3, K, device=device)
     with pytest.raises(ValueError, match="in_features"):
@@ -345,10 +349,24 @@ def test_double_input_meets_single_weights_under_autocast(device):
         residual_linear(torch.ones(3, K, device=device).double(), torch.ones(K, K, device=device))
 
 
-def test_the_operator_says_why_it_cannot(device):
+@pytest.mark.parametrize(
+    ("backend", "dtype", "words"),
+    [
+        ("triton", torch.float64, "torch.float64: the kernels accumulate in float32"),
+        pytest.param(
+            "cpu",
+            torch.float16,
+            "torch.float16: the CPU engine has no kernels for torch.float16",
+            marks=pytest.mark.launches_nothing,
+        ),
+    ],
+    indirect=["backend"],
+    ids=str,
+)
+def test_the_operator_says_why_it_cannot(dtype, words, device):
     """Called directly, past the dispatcher, in a dtype that only the formula takes."""
-    x: Tensor = torch.ones(2, K, device=device, dtype=torch.float64)
+    x: Tensor = torch.ones(2, K, device=device, dtype=dtype)
     from fusedres.kernels.spec import LayerSpec, Operands
 
-    with pytest.raises(RuntimeError, match=r"torch\.float64: the kernels accumulate in float32"):
+    with pytest.raises(RuntimeError, match=re.escape(words)):
         torch.ops.fusedres.residual_linear(*Operands(x, x[:1].expand(K, K)), *LayerSpec(skip="identity"), False)

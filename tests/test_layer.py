@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from cases import SHAPES, Case, Shape, three_ways
@@ -12,18 +14,27 @@ import fusedres
 
 ACTIVATIONS = ["gelu", "gelu-tanh", "relu", "silu", "tanh", "sin", "none"]
 SKIPS = ["identity", "residual", "projection", "concat", None]
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),  # Triton's interpreter computes bf16 wrongly
-]
+on_every_dtype = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("triton", torch.float32),
+        ("triton", torch.float16),
+        pytest.param("triton", torch.bfloat16, marks=pytest.mark.gpu),  # Triton's interpreter computes bf16 wrongly
+        ("cpu", torch.float32),
+        ("cpu", torch.bfloat16),
+        ("cpu", torch.float64),
+    ],
+    indirect=["backend"],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+pytestmark = pytest.mark.backends("triton", "cpu")
 RAGGED = Shape((19,), 21, 21)
 # activation after the addition needs an addition, which concat has not: that is an error, under test in test_errors.py
 SUMS = [(order, skip) for order in ("pre", "post") for skip in SKIPS if (order, skip) != ("post", "concat")]
 
 
-def check(case: Case, device: str, gradient=None) -> None:
-    fused, eager, truth = three_ways(case, device, gradient)
+def check(case: Case, device: str, layout: Callable[[Tensor], Tensor] = lambda g: g) -> None:
+    fused, eager, truth = three_ways(case, device, layout)
     for name in truth:
         terms = terms_of(case, truth["y"], truth[name])
         rule_for(case.dtype, name).check(name, fused[name], eager[name], truth[name], terms)
@@ -42,7 +53,7 @@ def learned_scales(skip: str | None) -> dict[str, str | float]:
     return {"skip_scale": "scalar" if skip else 1.0, "branch_scale": "channel"}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_every_dtype
 @pytest.mark.parametrize(("order", "skip"), SUMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_order_and_skip(activation, order, skip, dtype, device):
@@ -50,7 +61,7 @@ def test_every_activation_order_and_skip(activation, order, skip, dtype, device)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_every_dtype
 @pytest.mark.parametrize("skip", ["residual", "projection"])
 def test_every_shape(shape, dtype, skip, device):
     check(Case(shape, dtype, skip=skip, skip_scale="scalar"), device)
@@ -96,7 +107,10 @@ def every_other(t: Tensor) -> Tensor:
     return t.repeat_interleave(2, -1)[..., ::2] if t.dim() > 0 else t
 
 
-@pytest.mark.parametrize("layout", [transposed, sliced, every_other])
+LAYOUTS = {"transposed": transposed, "sliced": sliced, "every-other": every_other}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("operand", ["x", "weight", "bias", "residual", "projection_weight", "branch_scale"])
 def test_every_layout_of_operands(operand, layout, device):
     skip = operand if operand == "residual" else "projection" if operand.startswith("projection") else "identity"
@@ -115,21 +129,12 @@ def test_expanded_rows(device):
 @pytest.mark.parametrize("skip", SKIPS, ids=str)
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "sliced", "every-other", "one-column-expanded"])
 def test_every_layout_of_the_incoming_gradient(layout, skip, recompute, device):
-    made: list[Tensor] = []
-
-    def gradient(y: Tensor) -> Tensor:
-        if not made:
-            made.append(torch.randn(y.shape, device=y.device, dtype=y.dtype))
-        g = made[0].to(y.dtype)
-        return {
-            "expanded": lambda: g[0, 0].expand_as(g),
-            "one-column-expanded": lambda: g[:, :1].expand_as(g),
-            "transposed": lambda: transposed(g),
-            "sliced": lambda: sliced(g),
-            "every-other": lambda: every_other(g),
-        }[layout]()
-
-    check(Case(RAGGED, skip=skip, recompute=recompute), device, gradient)
+    laid_out = {
+        "expanded": lambda g: g[0, 0].expand_as(g),
+        "one-column-expanded": lambda g: g[:, :1].expand_as(g),
+        **LAYOUTS,
+    }[layout]
+    check(Case(RAGGED, skip=skip, recompute=recompute), device, laid_out)
 
 
 @pytest.mark.parametrize("skip", SKIPS, ids=str)
@@ -156,6 +161,7 @@ def test_two_runs_give_the_same_bits(device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.launches_nothing
 @pytest.mark.parametrize("skip", SKIPS, ids=str)
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)], ids=str)
 def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(leading, skip, device):
@@ -164,6 +170,7 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(leading, skip, 
     assert fused["dweight"].abs().sum() == 0
 
 
+@pytest.mark.launches_nothing
 @pytest.mark.parametrize(("N", "K"), [(0, 4), (4, 0), (0, 0)], ids=str)
 def test_no_features(N, K, device):
     skip = "identity" if N == K else None
@@ -171,14 +178,17 @@ def test_no_features(N, K, device):
     assert all(torch.equal(fused[name], eager[name]) for name in eager)
 
 
-def test_offsets_beyond_32_bits(device):
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("triton", torch.float16), ("cpu", torch.bfloat16)], indirect=["backend"], ids=str
+)
+def test_offsets_beyond_32_bits(dtype, device):
     """Rows 2³⁰ elements apart: the third row's offset does not fit an int32. Untouched pages cost no memory."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     stride = 2**30 + 8
-    x = torch.empty(2 * stride + 16, dtype=torch.float16, device=device).as_strided((3, 16), (stride, 1))
+    x = torch.empty(2 * stride + 16, dtype=dtype, device=device).as_strided((3, 16), (stride, 1))
     with torch.no_grad():
         x.copy_(torch.randn(3, 16))
-    weight = torch.randn(16, 16, device=device, dtype=torch.float16) / 4
+    weight = torch.randn(16, 16, device=device, dtype=dtype) / 4
     far = fusedres.functional.residual_linear(x, weight)
     near = fusedres.functional.residual_linear(x.clone(memory_format=torch.contiguous_format), weight)
     assert x.stride(0) == stride
@@ -219,6 +229,7 @@ def test_gradients_share_no_memory(device):
     assert len({t.untyped_storage().data_ptr() for t in found}) == len(found)
 
 
+@pytest.mark.launches_nothing
 def test_concat_with_a_residual_of_no_width(device):
     x, weight = torch.randn(5, 8, device=device), torch.randn(16, 8, device=device)
     y = fusedres.functional.residual_linear(x, weight, residual=torch.randn(5, 0, device=device), skip="concat")

@@ -26,6 +26,8 @@ import fusedres
 from fusedres import FusedResidualLinear, checks, dispatch, functional, ops, reference
 from fusedres.kernels.spec import Gradients, LayerSpec, Operands, Wanted
 
+pytestmark = pytest.mark.backends("triton", "cpu")
+
 SQUARE, OBLONG = Shape((5,), 6, 6), Shape((5,), 4, 6)
 LAYERS = {
     "identity": Case(SQUARE),
@@ -152,6 +154,7 @@ def test_opcheck_seed():
     torch.library.opcheck(torch.ops.fusedres.draw_seed, (), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.launches_nothing
 def test_the_operators_take_an_empty_batch(device):
     _, operands, spec = described(Case(Shape((0,), 4, 6), skip="projection"), device)
     y, z, s = torch.ops.fusedres.residual_linear(*operands, *spec, True)
@@ -212,10 +215,11 @@ def test_compiled_training(make, device, dynamo):
 
 
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
-def test_compiled_training_on_the_eager_route(make, device, dynamo):
+def test_compiled_training_in_float64(make, device, dynamo):
     check_compiled(make(), "aot_eager", torch.float64, device, {"rtol": 1e-12, "atol": 1e-12})
 
 
+@pytest.mark.launches_nothing
 def test_compiled_training_within_eager(device, dynamo):
     with fusedres.eager():
         check_compiled(MODULES["drop-path"](), "aot_eager", torch.float32, device, SINGLE)
@@ -229,7 +233,7 @@ def test_compiled_by_inductor(device, dynamo):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fused", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_compiled_with_one_tensor_twice(dtype, backend, device, dynamo):
     """torch 2.11 loses half of the gradient of a compiled autograd.Function given one tensor twice (pytorch#183604)."""
     weight = torch.randn(6, 6, device=device, dtype=dtype)
@@ -244,13 +248,18 @@ def test_compiled_with_one_tensor_twice(dtype, backend, device, dynamo):
     assert_close(slope(functional.residual_linear), expected, **SINGLE)
 
 
-def test_compiled_under_autocast(device, dynamo):
-    module = FusedResidualLinear(6, 4, skip="projection", learn_branch_scale="scalar").to(device)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("triton", torch.float16), ("cpu", torch.bfloat16)], indirect=["backend"], ids=str
+)
+def test_compiled_under_autocast(backend, dtype, device, dynamo):
+    # a learned scale stays in float32, and the C++ engine computes in one dtype
+    learned = False if backend == "cpu" else "scalar"
+    module = FusedResidualLinear(6, 4, skip="projection", learn_branch_scale=learned).to(device)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 6, device=device)
-    with torch.autocast(device, torch.float16):
+    with torch.autocast(device, dtype):
         expected, found = train_step(module, x), train_step(compiled, x)
-    assert expected["y"].dtype == torch.float16
+    assert expected["y"].dtype == dtype
     assert_close(list(found.values()), list(expected.values()), **SAME_BITS)
 
 
@@ -263,6 +272,7 @@ def test_compiling_is_quiet(device, dynamo):
     assert not [w for w in caught if "fusedres" in str(w.message) or "lru_cache" in str(w.message)]
 
 
+@pytest.mark.launches_nothing
 @pytest.mark.parametrize(
     "transform",
     [grad, lambda f: vmap(grad(f), (None, 0)), lambda f: jacrev(f, 1)],
@@ -280,20 +290,23 @@ def test_compiled_transforms(transform, device, dynamo):
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fused", "eager"])
-def test_export_with_a_dynamic_batch(dtype, strict, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_export_with_a_dynamic_batch(dtype, strict, backend, device):
     module = nn.Sequential(*MODULES["stack-of-three"](), FusedResidualLinear(4, drop_path=0.5)).to(device, dtype)
     example = torch.randn(5, 6, device=device, dtype=dtype)
     exported = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("rows")},), strict=strict)
     targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
-    assert targets.count("fusedres.residual_linear.default") == (4 if dtype == torch.float32 else 0)
+    has_kernels = backend == "cpu" or dtype == torch.float32
+    assert targets.count("fusedres.residual_linear.default") == (4 if has_kernels else 0)
     program = exported.module()
     for rows in (2, 9, 70):
         x = torch.randn(rows, 6, device=device, dtype=dtype)
         torch.manual_seed(3)
         expected = module(x)
         torch.manual_seed(3)
-        assert_close(program(x), expected, **SAME_BITS)
+        # without gradients, as programs run, the C++ compiler may contract φ's last sum otherwise: one rounding
+        rule = SAME_BITS if dtype == torch.float32 else {"rtol": 1e-14, "atol": 1e-14}
+        assert_close(program(x), expected, **rule)
 
 
 def test_traced_by_make_fx(device):
@@ -338,11 +351,11 @@ def test_jacobians(case, transform, mode, device):
     assert_close(found, of(reference.residual_linear), **SINGLE)
 
 
-def test_vjp_runs_the_kernels(device):
+def test_vjp_runs_the_kernels(device, fused):
     module = FusedResidualLinear(6).to(device)
     x = torch.randn(3, 6, device=device)
     calls = fusedres.explain(lambda x: vjp(module, x), x)
-    assert calls[0].backend.startswith("triton")
+    assert calls[0].backend == fused
 
 
 @pytest.mark.parametrize("mode", [nullcontext, Log], ids=["no-mode", "dispatch-mode"])
@@ -383,6 +396,7 @@ def test_vmap_over_any_dimension(device):
     assert_close(found, functional.residual_linear(x.permute(1, 2, 0), weight), **SINGLE)
 
 
+@pytest.mark.launches_nothing
 @pytest.mark.parametrize("randomness", ["different", "same"])
 def test_vmap_draws_as_it_is_told(randomness, device):
     x, weight = torch.ones(8, 20, 6, device=device), torch.randn(6, 6, device=device)
@@ -393,6 +407,7 @@ def test_vmap_draws_as_it_is_told(randomness, device):
     assert (dropped == dropped[0]).all() == (randomness == "same")
 
 
+@pytest.mark.launches_nothing
 def test_vmap_refuses_to_draw(device):
     x, weight = torch.ones(8, 20, 6, device=device), torch.randn(6, 6, device=device)
     with pytest.raises(RuntimeError, match="randomness"):
@@ -438,7 +453,7 @@ def tiny(order: str, skip: str | None, activation: str) -> Case:
 @every_formula
 @every_activation
 def test_gradcheck_in_float64(activation, order, skip, device):
-    """float64 takes the formula; the next tests tie the kernels' second derivatives to it."""
+    """On the CPU through the kernels. Triton leaves float64 to the formula; the next tests tie its kernels to that."""
     case = tiny(order, skip, activation)
     tensors = case.tensors(device)
     names, values = list(tensors), tuple(tensors.values())
@@ -451,8 +466,10 @@ def test_gradcheck_in_float64(activation, order, skip, device):
 
 
 @pytest.fixture
-def kernels_in_float64(monkeypatch) -> None:
-    """The launchers replaced by the formula, so that what stands around them can be checked in float64."""
+def kernels_in_float64(backend, monkeypatch) -> None:
+    """Triton's launchers replaced by the formula, so that what stands around them can be checked in float64."""
+    if backend == "cpu":
+        return
 
     def forward(operands: Operands, spec: LayerSpec, keep: bool):
         y = reference.layer(Operands(*(None if t is None else t.detach() for t in operands)), spec)
@@ -472,11 +489,11 @@ def kernels_in_float64(monkeypatch) -> None:
 
 
 @every_way_in
-@pytest.mark.parametrize("drop_path", [0.0, 0.5], ids=["whole", "drop-path"])
-@every_formula
+@pytest.mark.parametrize(
+    ("order", "skip", "drop_path"),
+    [(order, skip, p) for order, skip in ALL_SUMS for p in (0.0, 0.5) if skip or not p],  # no skip, no drop_path
+)
 def test_gradgradcheck_of_every_way_in(order, skip, drop_path, way, device, kernels_in_float64):
-    if drop_path and skip is None:
-        pytest.skip("drop_path without a skip is an error")
     case = tiny(order, skip, "silu")
     tensors, operands, spec = described(case, device)
     seed = torch.tensor(3)
@@ -573,6 +590,7 @@ def through_dual_tensors(layer, x):
         return layer(forward_ad.make_dual(x, x))
 
 
+@pytest.mark.launches_nothing  # within fusedres.eager()
 @pytest.mark.parametrize("route", [nullcontext, fusedres.eager, Log], ids=["fused", "eager", "dispatch-mode"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
@@ -593,6 +611,7 @@ def test_forward_mode_is_refused(forward, dtype, route, device):
     assert module(x).shape == (2, 6)  # and nothing is left behind
 
 
+@pytest.mark.launches_nothing
 def test_the_reference_offered_instead_has_forward_mode(device):
     x, weight = torch.randn(2, 6, device=device), torch.randn(6, 6, device=device)
     _, tangent = jvp(lambda x: reference.residual_linear(x, weight), (x,), (torch.ones_like(x),))
@@ -739,6 +758,7 @@ EMPTY = {
 }
 
 
+@pytest.mark.launches_nothing
 @pytest.mark.parametrize("skip", ["residual", "projection", "concat", None])
 @pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
 def test_empty_tensors_as_in_torch(shape, skip, device):
