@@ -30,7 +30,7 @@ BLOCKS_UP_TO = 128  # every width up to it: the activations of a block of rows s
 
 # Bytes that a network keeps for backward before it computes them again instead, with recompute="auto": what stays in a
 # shared cache. Wide layers keep always, since their products cost more.
-KEPT_UP_TO = 24 << 20
+KEPT_UP_TO = 12 << 20
 
 # Private to torch, they tell how a call arrived. A torch without one gets the answer that is right for every call.
 transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)

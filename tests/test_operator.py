@@ -10,6 +10,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from cases import Case, Shape
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -183,8 +185,13 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture
 def dynamo() -> Iterator[None]:
+    """Compilation anew: torch's caches on disk know the operator, and not whose kernels stood behind it."""
     torch._dynamo.reset()
-    yield
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
     torch._dynamo.reset()
 
 

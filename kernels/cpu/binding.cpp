@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <dlfcn.h>
 #include <torch/library.h>
 
@@ -61,12 +62,28 @@ bool has_brgemm(at::ScalarType dtype) {
 
 int64_t capabilities() { return int64_t(has_brgemm(at::kFloat)) + 2 * int64_t(has_brgemm(at::kBFloat16)); }
 
+bool is_fresh_memory_filled() {
+    const auto &context = at::globalContext();
+    return context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+}
+
 // at::empty without its dispatch, which costs more than a small layer; with it where torch fills fresh memory, as tests ask.
 Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
-    const auto &context = at::globalContext();
-    if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
-        return at::empty(sizes, at::TensorOptions().dtype(dtype));
+    if (is_fresh_memory_filled()) return at::empty(sizes, at::TensorOptions().dtype(dtype));
     return Tensor(at::detail::empty_cpu(sizes, dtype));
+}
+
+// Bytes for backward: out of the pool where it would take them back, since fresh pages cost more than what is kept there.
+Tensor memory_to_keep(int64_t bytes) {
+    if (bytes < Pool::SMALLEST || bytes > Pool::MOST || is_fresh_memory_filled()) {
+        Tensor kept = fresh({bytes}, at::kByte);
+        in_huge_pages(kept.mutable_data_ptr(), bytes);
+        return kept;
+    }
+    int64_t taken = bytes;
+    void *memory = Pool::instance().take(&taken);
+    auto give_back = [taken](void *memory) { Pool::instance().give(memory, taken); };
+    return at::from_blob(memory, {bytes}, give_back, at::TensorOptions().dtype(at::kByte));
 }
 
 // ------------------------------------------------------------------------------------------------ the plan
@@ -234,6 +251,8 @@ struct Arguments {
         call.way = Way(way);
         call.threads = at::in_parallel_region() ? 1 : useful_threads(call);
         call.has_brgemm = has_brgemm(x.scalar_type());
+        TORCH_CHECK(call.has_brgemm || x.scalar_type() != at::kBFloat16,
+                    "bfloat16 needs brgemm, which torch.backends.mkldnn.enabled has switched off, or this processor lacks");
     }
 };
 
@@ -252,8 +271,7 @@ Tensor run_forward(const Given &given, const Tensor &x, const std::optional<Tens
     by_dtype(x.scalar_type(), [&](auto type) {
         using T = decltype(type);
         if (kept) {
-            *kept = fresh({kept_bytes<T>(arguments.call)}, at::kByte);
-            in_huge_pages(kept->mutable_data_ptr(), int64_t(kept->nbytes()));
+            *kept = memory_to_keep(kept_bytes<T>(arguments.call));
         }
         forward<T>(arguments.call, y.mutable_data_ptr(), kept ? kept->mutable_data_ptr() : nullptr);
     });
