@@ -895,3 +895,27 @@ def test_the_call_of_the_operator_is_the_networks_own():
     y = torch.ops.fusedres.residual_network(tensors["x"], network._tensors, seeds, *plan.encoded(network.spec))
     torch.manual_seed(2)
     assert_close(network(tensors["x"], training=True), y, **SINGLE)
+
+
+def test_a_product_of_few_rows_is_summed_before_the_skip():
+    """Term by term onto the skip's gradient, a product comes out six times as wrong as eager's."""
+    torch.manual_seed(0)
+    sizes = [1024] * 33
+    weights = [torch.randn(N, K) * (32 * K) ** -0.5 for K, N in pairwise(sizes)]
+    x, g = torch.randn(7, 1024), torch.randn(7, 1024)
+
+    def gradients(dtype, layer):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, *weights)]
+        return torch.autograd.grad(layer(*leaves), leaves, g.to(dtype))
+
+    def eager(y, *weights):
+        for weight in weights:
+            y = reference.residual_linear(y, weight)
+        return y
+
+    (call,) = fusedres.explain(Network(weights), x)
+    assert call.way.name == "dots"
+    truth = gradients(torch.float64, eager)
+    ours = gradients(torch.float32, lambda x, *weights: Network(weights)(x))
+    for mine, theirs, true in zip(ours, gradients(torch.float32, eager), truth, strict=True):
+        rule_for(torch.float32, "dweight").check("gradient", mine, theirs, true)

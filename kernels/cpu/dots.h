@@ -73,24 +73,41 @@ void dots(int64_t M, int64_t K, const T *weight, const Compute<T> *h, int64_t ld
     if (M) dots_of<T, 1>(K, weight, h, ldh, z, N, begin, end);
 }
 
-// dh [M][K] += dz W for columns [begin, end) of K; dz [M][lddz]. A few rows of W at a time meet all rows of dz.
+// dh [M][K] += dz W for columns [begin, end) of K; dz [M][lddz]. A few rows of W at a time meet all rows of dz. What
+// they add up to is added to dh, which holds the skip's gradient: term by term each would be rounded as that large number is.
 template <class T>
 void rows_of_weight(int64_t M, int64_t N, int64_t K, const Compute<T> *dz, int64_t lddz, const T *weight, Compute<T> *dh,
                     int64_t begin, int64_t end) {
     using C = Compute<T>;
-    int64_t n = 0;
-    for (; n + 4 <= N; n += 4) {
-        const T *__restrict w = weight + n * K;
-        for (int64_t m = 0; m < M; m++) {
-            C *__restrict to = dh + m * K;
-            const C *d = dz + m * lddz + n, d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
-            for (int64_t k = begin; k < end; k++)
-                to[k] += d0 * wide(w[k]) + d1 * wide(w[k + K]) + d2 * wide(w[k + 2 * K]) + d3 * wide(w[k + 3 * K]);
+    constexpr int64_t ROWS = 64, WIDTH = 256, MOST = 2 * MOST_DOT_ROWS;
+    C parts[MOST][WIDTH], totals[MOST][WIDTH];  // the sums of ROWS rows of W, and of all
+    for (int64_t k0 = begin; k0 < end; k0 += WIDTH)
+        for (int64_t m0 = 0; m0 < M; m0 += MOST) {
+            const int64_t width = std::min(WIDTH, end - k0), rows = std::min(MOST, M - m0);
+            for (int64_t m = 0; m < rows; m++) std::fill(totals[m], totals[m] + width, C(0));
+            for (int64_t n0 = 0; n0 < N; n0 += ROWS) {
+                const int64_t last = std::min(n0 + ROWS, N);
+                for (int64_t m = 0; m < rows; m++) std::fill(parts[m], parts[m] + width, C(0));
+                int64_t n = n0;
+                for (; n + 4 <= last; n += 4) {
+                    const T *__restrict w = weight + n * K + k0;
+                    for (int64_t m = 0; m < rows; m++) {
+                        C *__restrict to = parts[m];
+                        const C *d = dz + (m0 + m) * lddz + n, d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
+                        for (int64_t k = 0; k < width; k++)
+                            to[k] += d0 * wide(w[k]) + d1 * wide(w[k + K]) + d2 * wide(w[k + 2 * K]) + d3 * wide(w[k + 3 * K]);
+                    }
+                }
+                for (; n < last; n++)
+                    for (int64_t m = 0; m < rows; m++)
+                        for (int64_t k = 0; k < width; k++)
+                            parts[m][k] += dz[(m0 + m) * lddz + n] * wide(weight[n * K + k0 + k]);
+                for (int64_t m = 0; m < rows; m++)
+                    for (int64_t k = 0; k < width; k++) totals[m][k] += parts[m][k];
+            }
+            for (int64_t m = 0; m < rows; m++)
+                for (int64_t k = 0; k < width; k++) dh[(m0 + m) * K + k0 + k] += totals[m][k];
         }
-    }
-    for (; n < N; n++)
-        for (int64_t m = 0; m < M; m++)
-            for (int64_t k = begin; k < end; k++) dh[m * K + k] += dz[m * lddz + n] * wide(weight[n * K + k]);
 }
 
 // Rows [begin, end) of dW [N, K] = dzᵀ h

@@ -5,7 +5,7 @@
 
 namespace fusedres {
 
-// A thread's gradients lane by lane, vectors of W partial sums, added up at the end.
+// A thread's gradients lane by lane, vectors of W partial sums; `settle` adds them to totals in double.
 template <class C>
 class LaneGradients {
   public:
@@ -23,8 +23,10 @@ class LaneGradients {
             take(at.dprojection_bias, layer.dprojection_bias, layer.N);
             take(at.dbranch, layer.dbranch_scale, layer.N), take(at.dskip, layer.dskip_scale, 1);
         }
-        lanes_ = Buffer<C>(vectors * LANES<C>);
+        vectors_ = vectors;
+        lanes_ = Buffer<C>(vectors * LANES<C>), totals_ = Buffer<double>(vectors);
         std::fill(lanes_.get(), lanes_.get() + vectors * LANES<C>, C(0));
+        std::fill(totals_.get(), totals_.get() + vectors, 0.0);
     }
 
     struct At {
@@ -32,16 +34,23 @@ class LaneGradients {
     };
     const At &operator[](int64_t l) const { return layers_[size_t(l)]; }
     C *at(int64_t vector) const { return lanes_.get() + vector * LANES<C>; }
-    double total(int64_t vector) const {
-        double total = 0;
-        for (int i = 0; i < LANES<C>; i++) total += at(vector)[i];
-        return total;
+    void settle() {
+        for (int64_t v = 0; v < vectors_; v++) {
+            double total = 0;
+            for (int i = 0; i < LANES<C>; i++) total += at(v)[i], at(v)[i] = 0;
+            totals_[v] += total;
+        }
     }
+    double total(int64_t vector) const { return totals_[vector]; }
 
   private:
     std::vector<At> layers_;
+    int64_t vectors_ = 0;
     Buffer<C> lanes_;
+    Buffer<double> totals_;
 };
+
+constexpr int64_t SETTLE_EVERY = 64;  // blocks: a lane adds up few enough terms to keep its digits
 
 // sums[i] += Σ_r a[r] b[i][r], lane by lane
 template <class C, int R>
@@ -172,7 +181,9 @@ void backward_lanes(const Call &call, const T *g, int64_t ldg, const Compute<T> 
                                            turns[1], turns[2], dresidual ? turns[3] : nullptr, dx != nullptr);
             if (dx) from_lanes<T, R>(found, rows.count, K, dx + rows.first * K);
             if (dresidual) from_lanes<T, R>(turns[3], rows.count, N, dresidual + rows.first * N);
+            if ((b - share.first) % SETTLE_EVERY == SETTLE_EVERY - 1) mine.settle();
         }
+        mine.settle();
         team.wait();
         Team::Share mine_to_add = team.share(call.depth);
         for (int64_t l = mine_to_add.first; l < mine_to_add.last; l++) {
