@@ -27,8 +27,9 @@ SMALL = Row("small", (8, 8, 8, 5, 5, 1), 6, learns=True)
 
 
 def run(*command: object, expected: tuple[int, ...] = (0,)) -> str:
-    """What a command prints, run as by a user: natively, whatever these tests set for the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """What a command prints, run as by a user: natively and alone, whatever these tests set for the interpreter."""
+    ours = ("TRITON_INTERPRET", "PYTEST_XDIST")  # pytest-benchmark writes nothing where it sees workers
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     environment |= {"PYTHONPATH": path, "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "1"}  # tests run beside others
     ran = subprocess.run(
