@@ -104,9 +104,7 @@ class Network:
                 return self._general_call(x, training)
             way, keeps = known
             seeds = self._seeds(training) if training else None
-            if seeds is None and not torch.is_grad_enabled():
-                return launch.infer(self._handle or self._bind(), x, way)
-            return network_ops.residual_network(x, self._tensors, network_ops.Call(self.spec, seeds, way, keeps))
+            return launch.run(self._handle or self._bind(), x, way, seeds, keeps)
         except RuntimeError:
             network_checks.check(x, self.spec, self._tensors, False)  # where it is the caller's mistake, in their words
             raise
@@ -157,25 +155,28 @@ class Network:
             return reference.network(x, self._tensors, self.spec, self._seeds(training))
         if self._goes_by_layers(x):
             return self._one_by_one(x, training)
-        tensors = launch.resolved(list(self._tensors))
         if type(x.numel()) is not int:  # traced: the operator finds its way as it runs
-            return network_ops.residual_network_operator(x, tensors, self._seeds(training), *self._encoded)
+            return self._by_operator(x, self._seeds(training))
         choice, way, keeps = self._choose(x)
         if explanation.is_listening():
             explanation.note_network(choice, x, self.spec, way, keeps)
         seeds = self._seeds(training)
         if way is None:
-            return reference.network(x, tensors, self.spec, seeds)
-        if ops.needs_operator((x, *tensors)):
-            return network_ops.residual_network_operator(x, tensors, seeds, *self._encoded)
-        return network_ops.residual_network(x, tensors, network_ops.Call(self.spec, seeds, way.index, keeps))
+            return reference.network(x, self._tensors, self.spec, seeds)
+        if ops.needs_operator((x, *self._tensors)):
+            return self._by_operator(x, seeds)
+        return launch.run(self._handle or self._bind(), x, way.index, seeds, keeps)
 
     def _traced_call(self, x: Tensor, training: bool) -> Tensor:
         network_checks.check_input(x, self.sizes[0])
         if self._goes_by_layers(x):
             return self._one_by_one(x, training)
-        seeds = self._seeds(training)
-        return network_ops.residual_network_operator(x, self._tensors, seeds, *self._encoded)
+        return self._by_operator(x, self._seeds(training))
+
+    def _by_operator(self, x: Tensor, seeds: Tensor | None) -> Tensor:
+        """The call that others see."""
+        tensors = self._tensors if is_compiling() else launch.resolved(list(self._tensors))
+        return network_ops.residual_network(x, tensors, seeds, *self._encoded)
 
     def _goes_by_layers(self, x: Tensor) -> bool:
         """Whether each layer is called by itself: on a GPU, and where not all of the network is the engine's to run."""

@@ -88,7 +88,7 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         call = getattr(launch, name)
         return lambda *arguments: (launches.append(name), call(*arguments))[1]
 
-    for name in ("forward", "backward", "network_forward", "network_backward", "infer"):
+    for name in ("forward", "backward", "network_forward", "network_backward", "run"):
         monkeypatch.setattr(launch, name, counted(name))
     return launches
 

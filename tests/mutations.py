@@ -127,13 +127,13 @@ MUTATIONS = {
         "kernels/cpu/layers.h", "for (size_t t = 1; t < state.sums.size(); t++)", "for (size_t t = 1; t < 1; t++)", CPU
     ),
     "C++: wrong slice of a stacked parameter": Mutation(
-        "kernels/cpu/binding.cpp",
-        "dense->const_data_ptr()) + index * size",
-        "dense->const_data_ptr()) + 0 * index * size",
+        "kernels/cpu/tensors.h",
+        "numbers.storage_offset() + index * size",
+        "numbers.storage_offset()",
         "test_network.py",
     ),
     "C++: wrong slice of a stacked gradient": Mutation(
-        "kernels/cpu/binding.cpp",
+        "kernels/cpu/tensors.h",
         "to.mutable_data_ptr()) + index * size",
         "to.mutable_data_ptr()) + (index / 2) * size",
         "test_network.py",
@@ -141,8 +141,27 @@ MUTATIONS = {
     "C++: odd depth of bfloat16 pairs": Mutation("kernels/cpu/product.h", "k < K ? W[n * ld + k] : T{}", "T{}", CPU),
     "C++: GELU off in the fifth digit": Mutation("kernels/cpu/activations.h", "1.194269118f", "1.1943f", CPU),
     "C++: Philox round lost": Mutation("kernels/cpu/philox.h", "round < 10", "round < 9", CPU),
-    "C++: bias ignored where strided": Mutation(
-        "kernels/cpu/binding.cpp", "if (!found->is_contiguous()) dense", "if (false) dense", CPU
+    "C++: bias ignored where strided": Mutation("kernels/cpu/tensors.h", "!found->is_contiguous() ||", "", CPU),
+    "C++: sign of a lazily negated parameter": Mutation(
+        "kernels/cpu/tensors.h", "|| found->is_neg()", "", "test_network.py"
+    ),
+    "C++: sign of a lazily negated x": Mutation(
+        "kernels/cpu/tensors.h", "given.is_neg() ? given.resolve_neg() : given", "given", "test_network.py"
+    ),
+    "C++: gradients that nobody asked for": Mutation(
+        "kernels/cpu/node.h", "context->needs_input_grad(1 + i)", "true", "test_network.py"
+    ),
+    "C++: memory laid out for what backward wants": Mutation(
+        "kernels/cpu/node.h", "saved[KEPT], required, g", "saved[KEPT], wanted, g", "test_network.py"
+    ),
+    "C++: memory kept without gradients": Mutation(
+        "kernels/cpu/binding.cpp", "if (c10::GradMode::is_enabled() &&", "if (true ||", "test_network.py"
+    ),
+    "C++: backward not differentiable": Mutation(
+        "kernels/cpu/node.h", "c10::GradMode::is_enabled() || ", "", "test_network.py"
+    ),
+    "C++: backward hidden from modes": Mutation(
+        "kernels/cpu/node.h", " || !is_plain(g) || !is_plain(x)", "", "test_network.py"
     ),
 }
 

@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -18,6 +18,8 @@ from test_operator import LAYOUTS, Log
 from tolerances import rule_for
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import save_on_cpu
+from torch.autograd.profiler import profile
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 from torch.testing._internal.two_tensor import TwoTensor
@@ -293,43 +295,65 @@ def test_one_node_for_all_layers():
     case = NETWORKS["medium"]
     tensors = case.tensors()
     y = case.network(tensors)(tensors["x"])
-    assert y.grad_fn.name() == "_NetworkBackward"
+    assert is_one_node(y)
     assert {after.name() for after, _ in y.grad_fn.next_functions} == {"torch::autograd::AccumulateGrad"}
 
 
-def test_nothing_is_kept_without_gradients(monkeypatch):
-    """No node, no memory for backward, and not even a call that could keep some."""
+def is_one_node(y: Tensor) -> bool:
+    return "ResidualNetwork" in y.grad_fn.name()
+
+
+@contextmanager
+def saved_bytes() -> Iterator[list[int]]:
+    """The sizes of the memory that calls within leave for backward, beside their tensors."""
+    found: list[int] = []
+
+    def seen(t: Tensor) -> Tensor:
+        if t.dtype == torch.uint8:
+            found.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(seen, lambda t: t):
+        yield found
+
+
+def test_nothing_is_kept_without_gradients():
+    """No node, and no memory for backward."""
     case = replace(NETWORKS["medium"], recompute=False)
     tensors = case.tensors()
+    frozen = {name: t.detach() for name, t in tensors.items()}
     network = case.network(tensors)
     expected = network(tensors["x"]).detach()
-    monkeypatch.setattr(launch, "network_forward", None)
-    for context in (torch.no_grad, torch.inference_mode):
+    for context, call, given in (
+        (torch.no_grad, network, tensors),
+        (torch.inference_mode, network, tensors),
+        (nullcontext, case.network(frozen), frozen),
+    ):
         with context():
-            y = network(tensors["x"])
+            call(given["x"])
+            with saved_bytes() as saved, profile(profile_memory=True) as log:
+                y = call(given["x"])
         assert y.grad_fn is None
+        assert not saved
+        assert allocated(log) == y.nbytes, "nothing but y"
         assert_close(y, expected, **SINGLE)
 
 
-def test_what_recompute_keeps(monkeypatch):
-    kept: list[int] = []
-    forward = launch.network_forward
+def allocated(log: Any) -> int:
+    """Bytes that tensors took within a profile."""
+    return sum(event.self_cpu_memory_usage for event in log.key_averages() if event.self_cpu_memory_usage > 0)
 
-    def spy(*arguments: Any) -> tuple[Tensor, Tensor]:
-        y, memory = forward(*arguments)
-        kept.append(memory.numel())
-        return y, memory
 
-    monkeypatch.setattr(launch, "network_forward", spy)
+def test_what_recompute_keeps():
+    kept = []
     for recompute in (False, True, "auto"):
         case = Case((64, 64, 64), leading=(40,), recompute=recompute)
         tensors = case.tensors()
-        case.network(tensors)(tensors["x"])
+        with saved_bytes() as saved:
+            case.network(tensors)(tensors["x"])
+        kept.append(sum(saved))
     assert kept[0] == kept[2] > 0
     assert kept[1] == 0
-    frozen = {name: t.detach() for name, t in tensors.items()}
-    case.network(frozen)(frozen["x"])
-    assert kept[3] == 0, "nothing needs a gradient"
 
 
 def test_auto_keeps_what_is_small():
@@ -339,29 +363,21 @@ def test_auto_keeps_what_is_small():
     assert not dispatch.keeps(65536, (3,) * 14, torch.float32, "lanes")
 
 
-def test_parameters_without_gradient_cost_nothing(monkeypatch):
-    asked: list[tuple[bool, ...]] = []
-    backward = launch.network_backward
-
-    def spy(*arguments: Any) -> list[Tensor]:
-        asked.append(tuple(arguments[-1]))
-        return backward(*arguments)
-
-    monkeypatch.setattr(launch, "network_backward", spy)
-    case = Case((20, 20, 20), skip_scale="scalar", branch_scale="channel")
+def test_parameters_without_gradient_cost_nothing():
+    """Backward takes memory for the gradients asked for alone, and they are the same bits."""
+    case = Case((20, 20, 20), leading=(19,), skip_scale="scalar", branch_scale="channel")
     tensors = case.tensors()
     names = list(tensors)
     g = torch.randn(19, 20)
     full = outcome(lambda: case.network(tensors)(tensors["x"]), tensors, g)
-    assert asked.pop() == (True,) * len(tensors)
-    for wanted in (["bias.1"], ["x"], ["weight.0", "skip_scale.1"], ["branch_scale.0", "bias.0"]):
+    for wanted in (names, ["bias.1"], ["x"], ["weight.0", "skip_scale.1"], ["branch_scale.0", "bias.0"]):
         given = {name: t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
-        network = case.network(given)
-        leaves = {name: given[name] for name in wanted}
-        found = outcome(lambda network=network, x=given["x"]: network(x), leaves, g)
-        order = ["x", *(next(n for n in names if given[n] is t) for t in network.parameters)]
-        assert asked.pop() == tuple(name in wanted for name in order)
-        assert_close(found, {name: full[name] for name in found}, **SAME_BITS)
+        for leaves in (given, tensors):  # where no others require a gradient, and where no others are asked for
+            y = case.network(leaves)(leaves["x"])
+            with profile(profile_memory=True) as log:
+                found = torch.autograd.grad(y, [leaves[name] for name in wanted], g)
+            assert allocated(log) == sum(t.nbytes for t in found)
+            assert_close(found, tuple(full[f"d{name}"] for name in wanted), **SAME_BITS)
 
 
 def test_gradients_share_no_memory():
@@ -398,6 +414,46 @@ def test_a_saved_tensor_changed_in_place_is_an_error():
         y.sum().backward()
 
 
+def test_backward_needs_nothing_but_its_node():
+    """Neither the network, nor memory where it was: and a graph serves once unless it is retained."""
+    case = Case((20, 20, 20), drop_path=0.5, recompute=False)
+    tensors = case.tensors()
+    leaves, g = list(tensors.values()), torch.randn(19, 20)
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(case.network(tensors)(tensors["x"], training=True), leaves, g)
+    torch.manual_seed(3)
+    with save_on_cpu():
+        y = case.network(tensors)(tensors["x"], training=True)
+    gc.collect()
+    for _ in range(2):
+        assert_close(torch.autograd.grad(y, leaves, g, retain_graph=True), expected, **SAME_BITS)
+    torch.autograd.grad(y, leaves, g)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, leaves, g)
+
+
+def test_a_mode_around_backward_alone_sees_it():
+    case = NETWORKS["medium"]
+    tensors = case.tensors()
+    y = case.network(tensors)(tensors["x"])
+    with Log() as log:
+        found = torch.autograd.grad(y.sum(), list(tensors.values()))
+    assert log.seen.count("fusedres::residual_network_backward") == 1
+    expected = torch.autograd.grad(case.network(tensors)(tensors["x"]).sum(), list(tensors.values()))
+    assert_close(found, expected, **SINGLE)
+
+
+def test_a_batch_of_gradients_by_vmap():
+    case = Case((6, 6, 6), leading=(4,))
+    tensors = case.tensors()
+    leaves, g = list(tensors.values()), torch.randn(3, 4, 6)
+    y = case.network(tensors)(tensors["x"])
+    found = torch.vmap(lambda g: torch.autograd.grad(y, leaves, g, retain_graph=True))(g)
+    for i in range(3):
+        expected = torch.autograd.grad(y, leaves, g[i], retain_graph=True)
+        assert_close(tuple(t[i] for t in found), expected, **SINGLE)
+
+
 # ---------------------------------------------------------------------------------------------- drop path
 
 
@@ -414,7 +470,7 @@ def test_drop_path_drops_what_the_layers_would():
     assert torch.equal(after, torch.rand(3)), "and leaves the generator where they do"
     with torch.no_grad():
         torch.manual_seed(5)
-        assert_close(network(tensors["x"], training=True), y, **SAME_BITS)
+        assert_close(network(tensors["x"], training=True), y, **SINGLE)
         assert_close(network(tensors["x"]), replace(case, drop_path=0.0).by_layers(reference.residual_linear, tensors))
 
 
@@ -661,7 +717,7 @@ def test_where_eager_is_quicker_it_runs(monkeypatch):
     network = case.network(tensors)
     (call,) = fusedres.explain(network, tensors["x"])
     assert (call.backend, call.choice.because) == ("eager", "this test says so")
-    assert network(tensors["x"]).grad_fn.name() != "_NetworkBackward"
+    assert not is_one_node(network(tensors["x"]))
     with Log() as log:  # an operator that is called has no choice but its own kernels
         y = torch.ops.fusedres.residual_network(*operator_arguments(case))
     assert y.shape == (150, 10)
@@ -743,7 +799,7 @@ def test_its_handle_goes_with_it(monkeypatch):
     gc.collect()
     assert released == [handle]
     with pytest.raises(RuntimeError, match="is not bound"):
-        launch.infer(handle, torch.randn(2, 6), 0)
+        launch.run(handle, torch.randn(2, 6), 0, None, False)
 
 
 def test_what_it_tells_of_itself():
@@ -762,7 +818,7 @@ def test_the_studies_go_in_one_call(build):
     stack, x = build([6, 6, 4, 4, 1]), torch.randn(3, 6)
     twin = build.__mro__[2]([6, 6, 4, 4, 1])
     twin.load_state_dict(stack.state_dict())
-    assert stack(x).grad_fn.name() == "_NetworkBackward"
+    assert is_one_node(stack(x))
     assert_close(stack(x), twin(x), **SINGLE)
     stack.layers[1][0].weight = twin.layers[1][0].weight = nn.Parameter(torch.randn(4, 6))
     assert_close(stack(x), twin(x), **SINGLE)

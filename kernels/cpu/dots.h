@@ -136,29 +136,69 @@ void widen_rows(const T *from, int64_t ld, int64_t M, int64_t columns, Compute<T
     }
 }
 
-// The vectors of one layer, as `forward_panel`'s epilogue wants them: per thread, filled layer by layer.
+// The vectors of one layer, as the epilogue wants them: where they lie already, or in this thread's memory until the next.
 template <class T>
 class LayerVectors {
     using C = Compute<T>;
+    enum Place { ZERO, ONE, BIAS, PROJECTION_BIAS, SCALE, UNIT, PLACES };
 
   public:
-    explicit LayerVectors(int64_t widest) : widest_(widest), memory_(5 * widest) {
-        std::fill(memory_.get(), memory_.get() + 5 * widest, C(0));
+    explicit LayerVectors(int64_t widest) : widest_(widest), memory_(PLACES * widest) {
+        std::fill(at(ZERO), at(ZERO) + widest, C(0));
+        std::fill(at(ONE), at(ONE) + widest, C(1));
     }
     Ready<T> of(const Layer &layer) const {
+        const C unit = layer.drop_threshold ? C(layer.keep_scale) : C(1);
         Ready<T> ready{};
         ready.layer = &layer;
-        C *at = memory_.get();
-        ready.zero = at, ready.bias = at + widest_, ready.projection_bias = at + 2 * widest_;
-        ready.scale = at + 3 * widest_, ready.unit = at + 4 * widest_;
-        fill_vectors(ready);
+        ready.zero = at(ZERO);
+        ready.bias = wide_vector(layer.bias, layer.N, BIAS);
+        ready.projection_bias = wide_vector(layer.projection_bias, layer.N, PROJECTION_BIAS);
+        ready.unit = constant(unit, layer.N, UNIT);
+        ready.scale = layer.channel_scale ? scaled(layer, unit) : constant(C(layer.branch_scale) * unit, layer.N, SCALE);
         return ready;
     }
 
   private:
+    C *at(Place place) const { return memory_.get() + place * widest_; }
+    C *wide_vector(const void *given, int64_t N, Place place) const {
+        auto *from = static_cast<const T *>(given);
+        if (!from) return at(ZERO);
+        if constexpr (std::is_same_v<T, C>) {
+            return const_cast<C *>(from);  // nobody writes there
+        } else {
+            for (int64_t n = 0; n < N; n++) at(place)[n] = wide(from[n]);
+            return at(place);
+        }
+    }
+    C *constant(C value, int64_t N, Place place) const {
+        if (value == C(1)) return at(ONE);
+        std::fill(at(place), at(place) + N, value);
+        return at(place);
+    }
+    C *scaled(const Layer &layer, C unit) const {
+        auto *channel = static_cast<const T *>(layer.channel_scale);
+        for (int64_t n = 0; n < layer.N; n++) at(SCALE)[n] = wide(channel[n]) * unit;
+        return at(SCALE);
+    }
+
     int64_t widest_;
     Buffer<C> memory_;
 };
+
+// Rows in C, whole vectors of them: where they lie, or widened into memory and followed by zeros.
+template <class C>
+struct WideRows {
+    const C *rows;
+    int64_t ld;
+};
+template <class T>
+WideRows<Compute<T>> wide_rows(const T *from, int64_t ld, int64_t M, int64_t columns, Compute<T> *memory, int64_t ldm) {
+    if constexpr (std::is_same_v<T, Compute<T>>)
+        if (columns % LANES<T> == 0) return {from, ld};
+    widen_rows(from, ld, M, columns, memory, ldm);
+    return {memory, ldm};
+}
 
 struct DotsShape {
     int64_t width, ld;  // the widest layer; a row of activations with room for a vector's zeros
@@ -192,7 +232,7 @@ void forward_dots(const Call &call, T *y, T *kept) {
             const int64_t N = layer.N, K = layer.K, ldn = even<T>(N);
             const auto [begin, end] = team.share(N);
             auto slot = [&](int64_t offset) { return kept && offset >= 0 ? kept + offset * M : nullptr; };
-            widen_rows(h, ldh, M, K, h_wide, ld);
+            const auto [given, ldgiven] = wide_rows(h, ldh, M, K, h_wide, ld);
 
             ForwardPanel<T> panel{};
             panel.h = h, panel.ldh = ldh;
@@ -203,10 +243,10 @@ void forward_dots(const Call &call, T *y, T *kept) {
             panel.slope = slot(layout[l].slope), panel.branch = slot(layout[l].branch);
             panel.skip = layout[l].skip >= 0 && kept ? slot(layout[l].skip) : turns.get() + 2 * M * width;
             if (layer.skip == Skip::projection) {
-                dots<T>(M, K, static_cast<const T *>(layer.projection), h_wide, ld, z, N, begin, end);
+                dots<T>(M, K, static_cast<const T *>(layer.projection), given, ldgiven, z, N, begin, end);
                 write_projected_skip(ready, M, panel, begin, end, z + begin, N);
             }
-            dots<T>(M, K, static_cast<const T *>(layer.weight), h_wide, ld, z, N, begin, end);
+            dots<T>(M, K, static_cast<const T *>(layer.weight), given, ldgiven, z, N, begin, end);
             finish_panel(ready, Rows{0, M, M, call.first_row}, panel, begin, end - begin, z + begin, N);
             h = panel.y, ldh = panel.ldy;
             team.wait();
@@ -267,13 +307,13 @@ void backward_dots(const Call &call, const T *g, int64_t ldg, const T *kept, T *
 
             widen_rows(panel.dz, ldn, M, N, dz, N);
             if (layer.skip == Skip::projection) widen_rows(panel.ds, ldn, M, N, ds, N);
-            widen_rows(h, ldh, M, K, h_wide, ld);
+            const auto [given, ldgiven] = wide_rows(h, ldh, M, K, h_wide, ld);
             const auto rows_share = team.share(N), columns_share = team.share(K);
             if (layer.dweight)
-                outer_products<T>(M, K, dz, N, h_wide, ld, static_cast<T *>(layer.dweight), rows_share.first,
+                outer_products<T>(M, K, dz, N, given, ldgiven, static_cast<T *>(layer.dweight), rows_share.first,
                                   rows_share.last, line);
             if (layer.dprojection)
-                outer_products<T>(M, K, ds, N, h_wide, ld, static_cast<T *>(layer.dprojection), rows_share.first,
+                outer_products<T>(M, K, ds, N, given, ldgiven, static_cast<T *>(layer.dprojection), rows_share.first,
                                   rows_share.last, line);
             if (wants_dh) {
                 const auto [begin, end] = columns_share;

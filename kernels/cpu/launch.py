@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Gradients, LayerSpec, NetworkSpec, Operands, Wanted
-from .plan import layer_plan, plan
+from .plan import encoded, layer_plan, plan
 
 
 class _Engine:
@@ -140,31 +140,29 @@ def _backward_of_concat(
 
 
 def bind(spec: NetworkSpec, parameters: Sequence[Tensor]) -> int:
-    """A handle for `infer`, to be given back to `unbind`: until then the engine holds the tensors themselves."""
-    return _engine.bind(plan(spec), parameters)
+    """A handle for `run`, to be given back to `unbind`: until then the engine holds the tensors themselves."""
+    return _engine.bind(plan(spec), parameters, *encoded(spec))
 
 
 def unbind(handle: int) -> None:
     _engine.unbind(handle)
 
 
-def infer(handle: int, x: Tensor, way: int) -> Tensor:
-    """y of a bound network, nothing kept and no row dropped: the cheapest call there is."""
-    return _engine.infer(handle, x, way)
+def run(handle: int, x: Tensor, way: int, seeds: Tensor | None, keep: bool) -> Tensor:
+    """y of a bound network, with its node in autograd's graph where something requires a gradient.
+
+    Without seeds no row drops; keep: whether backward finds activations, which are kept for a node alone.
+    """
+    if seeds is None and keep:
+        return _engine.run(handle, x, way)  # each argument costs its conversion
+    return _engine.run(handle, x, way, seeds, keep)
 
 
 def network_forward(
-    spec: NetworkSpec,
-    parameters: Sequence[Tensor],
-    x: Tensor,
-    seeds: Tensor | None,
-    way: int,
-    wanted: Sequence[bool],
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """y and kept; wanted: whether x, and whether each parameter, will need a gradient. Without seeds no row drops."""
-    wishes = (wanted[0], False, *wanted[1:])
-    return _engine.forward(plan(spec), parameters, x, None, seeds, way, wishes, keep)
+    spec: NetworkSpec, parameters: Sequence[Tensor], x: Tensor, seeds: Tensor | None, way: int
+) -> Tensor:
+    """y, nothing kept."""
+    return _engine.forward(plan(spec), parameters, x, None, seeds, way, (), False)[0]
 
 
 def network_backward(
@@ -173,11 +171,9 @@ def network_backward(
     parameters: Sequence[Tensor],
     x: Tensor,
     seeds: Tensor | None,
-    kept: Tensor | None,
     way: int,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients of those wanted among x and the parameters, in their order."""
+    """The gradients of those wanted among x and the parameters, in their order; activations are computed again."""
     wishes = (wanted[0], False, *wanted[1:])
-    kept = g.new_empty(0) if kept is None else kept
-    return _engine.backward(plan(spec), parameters, x, None, seeds, kept, g, way, wishes)
+    return _engine.backward(plan(spec), parameters, x, None, seeds, g.new_empty(0), g, way, wishes)

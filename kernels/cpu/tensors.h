@@ -1,0 +1,260 @@
+// From PyTorch's tensors to the engine's calls and back: memory, addresses checked against the plan, strides.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "capabilities.h"
+#include "memory.h"
+#include "network.h"
+
+namespace fusedres {
+namespace {
+
+using Tensor = at::Tensor;
+using Wishes = c10::SmallVector<bool, 64>;  // of x, of a residual, and of every parameter, whether its gradient is wanted
+
+inline bool is_fresh_memory_filled() {
+    const auto &context = at::globalContext();
+    return context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+}
+
+// at::empty without its dispatch, which costs more than a small layer; with it where torch fills fresh memory, as tests ask.
+inline Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
+    if (is_fresh_memory_filled()) return at::empty(sizes, at::TensorOptions().dtype(dtype));
+    Tensor tensor(at::detail::empty_cpu(sizes, dtype));
+    in_huge_pages(tensor.mutable_data_ptr(), int64_t(tensor.nbytes()));
+    return tensor;
+}
+
+// Bytes for backward: out of the pool where it would take them back, since fresh pages cost more than what is kept there.
+inline Tensor memory_to_keep(int64_t bytes) {
+    if (bytes < Pool::SMALLEST || bytes > Pool::MOST || is_fresh_memory_filled()) return fresh({bytes}, at::kByte);
+    int64_t taken = bytes;
+    void *memory = Pool::instance().take(&taken);
+    auto give_back = [taken](void *memory) { Pool::instance().give(memory, taken); };
+    return at::from_blob(memory, {bytes}, give_back, at::TensorOptions().dtype(at::kByte));
+}
+
+// ------------------------------------------------------------------------------------------------ the plan
+
+constexpr int64_t WORDS = 16;
+enum Word { N, K, ACTIVATION, IS_POST, SKIP, SKIP_SCALE, BRANCH_SCALE, DROP_THRESHOLD, KEEP_SCALE, SLOTS, INDEX = 15 };
+enum Slot { WEIGHT, BIAS, PROJECTION, PROJECTION_BIAS, LEARNED_SKIP_SCALE, LEARNED_BRANCH_SCALE };
+
+inline double as_double(int64_t bits) {
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline double number(const Tensor &from, int64_t index) {
+    const Tensor tensor = from.is_neg() ? from.resolve_neg() : from;
+    switch (tensor.scalar_type()) {
+        case at::kFloat: return tensor.const_data_ptr<float>()[index];
+        case at::kDouble: return tensor.const_data_ptr<double>()[index];
+        default: return tensor.const_data_ptr<at::BFloat16>()[index];
+    }
+}
+
+// The layers as the kernels read them: addresses of tensors that are contiguous, on the CPU, of one dtype.
+struct Network {
+    std::vector<Layer> layers;
+    std::vector<Tensor> copies;  // of parameters that are not contiguous, or not worth what their memory says
+
+    // required: of what forward keeps memory for; empty for nothing.
+    Network(const Tensor &plan, at::TensorList parameters, at::ScalarType dtype, const std::optional<Tensor> &seeds,
+            at::TensorList gradients, c10::ArrayRef<bool> required)
+        : layers(size_t(plan.size(0))) {
+        const int64_t *words = plan.const_data_ptr<int64_t>();
+        const int64_t *seed = seeds ? seeds->const_data_ptr<int64_t>() : nullptr;
+        for (size_t l = 0; l < layers.size(); l++, words += WORDS) {
+            Layer &layer = layers[l];
+            layer = {};
+            layer.N = words[N], layer.K = words[K];
+            layer.activation = Activation(words[ACTIVATION]);
+            layer.is_post = words[IS_POST] != 0;
+            layer.skip = Skip(words[SKIP]);
+            layer.skip_scale = as_double(words[SKIP_SCALE]), layer.branch_scale = as_double(words[BRANCH_SCALE]);
+            layer.keep_scale = as_double(words[KEEP_SCALE]);
+            if (seed) layer.drop_threshold = uint64_t(words[DROP_THRESHOLD]), layer.seed = uint64_t(seed[l]);
+
+            const int64_t *slots = words + SLOTS, index = std::max<int64_t>(words[INDEX], 0);
+            const bool is_stacked = words[INDEX] >= 0;
+            auto tensor = [&](Slot slot) -> const Tensor * {
+                return slots[slot] < 0 ? nullptr : &parameters[size_t(slots[slot])];
+            };
+            auto address = [&](Slot slot, int64_t size, int64_t dims) -> const void * {
+                const Tensor *found = tensor(slot);
+                if (!found) return nullptr;
+                if (!fits(*found, dtype, size, dims, is_stacked)) refuse(*found, dtype, size, slot, l);
+                const Tensor *dense = found;
+                if (!found->is_contiguous() || found->is_neg())
+                    dense = &copies.emplace_back(found->resolve_neg().contiguous());
+                const c10::TensorImpl &numbers = *dense->unsafeGetTensorImpl();
+                const int64_t first = numbers.storage_offset() + index * size;
+                return static_cast<const char *>(numbers.unsafe_storage().data()) + first * int64_t(numbers.itemsize());
+            };
+            auto gradient = [&](Slot slot, int64_t size) -> void * {
+                if (gradients.empty() || slots[slot] < 0 || !gradients[size_t(slots[slot])].defined()) return nullptr;
+                const Tensor &to = gradients[size_t(slots[slot])];
+                return static_cast<char *>(to.mutable_data_ptr()) + index * size * int64_t(to.element_size());
+            };
+            auto is_required = [&](Slot slot) { return !required.empty() && slots[slot] >= 0 && required[size_t(slots[slot]) + 2]; };
+
+            layer.weight = address(WEIGHT, layer.N * layer.K, 2), layer.bias = address(BIAS, layer.N, 1);
+            layer.projection = address(PROJECTION, layer.N * layer.K, 2);
+            layer.projection_bias = address(PROJECTION_BIAS, layer.N, 1);
+            if (const Tensor *scale = tensor(LEARNED_SKIP_SCALE)) {
+                if (!fits(*scale, dtype, 1, 0, is_stacked)) refuse(*scale, dtype, 1, LEARNED_SKIP_SCALE, l);
+                layer.skip_scale = number(*scale, is_stacked ? index * scale->stride(0) : 0);
+            }
+            if (const Tensor *scale = tensor(LEARNED_BRANCH_SCALE)) {
+                if (scale->dim() == (is_stacked ? 2 : 1)) {
+                    layer.channel_scale = address(LEARNED_BRANCH_SCALE, layer.N, 1);
+                } else {
+                    if (!fits(*scale, dtype, 1, 0, is_stacked)) refuse(*scale, dtype, 1, LEARNED_BRANCH_SCALE, l);
+                    layer.branch_scale = number(*scale, is_stacked ? index * scale->stride(0) : 0);
+                }
+            }
+            layer.dweight = gradient(WEIGHT, layer.N * layer.K), layer.dbias = gradient(BIAS, layer.N);
+            layer.dprojection = gradient(PROJECTION, layer.N * layer.K);
+            layer.dprojection_bias = gradient(PROJECTION_BIAS, layer.N);
+            layer.dskip_scale = gradient(LEARNED_SKIP_SCALE, 1);
+            layer.dbranch_scale = gradient(LEARNED_BRANCH_SCALE, layer.channel_scale ? layer.N : 1);
+            layer.keeps_branch = is_required(LEARNED_BRANCH_SCALE);
+            layer.keeps_skip = is_required(LEARNED_SKIP_SCALE);
+        }
+    }
+
+    // A parameter may have been given new data since the plan was made.
+    static bool fits(const Tensor &tensor, at::ScalarType dtype, int64_t size, int64_t dims, bool is_stacked) {
+        return tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.dim() == dims + int64_t(is_stacked) &&
+               tensor.numel() == size * (is_stacked ? tensor.size(0) : 1);
+    }
+    [[noreturn, gnu::cold]] static void refuse(const Tensor &tensor, at::ScalarType dtype, int64_t size, Slot slot, size_t layer) {
+        TORCH_CHECK(false, "parameter ", int(slot), " of layer ", layer, " has changed its shape, dtype or device: ", size,
+                    " numbers of ", dtype, " expected, got ", tensor.sizes(), " of ", tensor.scalar_type(), " on ",
+                    tensor.device());
+    }
+};
+
+// ------------------------------------------------------------------------------------------------ calling
+
+// Rows of a matrix with unit inner stride, without a copy where the tensor allows.
+inline Tensor rows_of(const Tensor &given, int64_t *ld) {
+    const Tensor tensor = given.is_neg() ? given.resolve_neg() : given;
+    const int64_t columns = tensor.size(-1);
+    Tensor matrix = tensor.dim() == 2 ? tensor : tensor.reshape({-1, columns});
+    if (matrix.stride(1) != 1 || (matrix.size(0) > 1 && matrix.stride(0) < columns)) matrix = matrix.contiguous();
+    *ld = std::max(matrix.stride(0), columns);
+    return matrix;
+}
+
+// Calls engine<T> for the tensors' dtype.
+template <class Work>
+auto by_dtype(at::ScalarType dtype, const Work &work) {
+    switch (dtype) {
+        case at::kFloat: return work(float());
+        case at::kDouble: return work(double());
+        case at::kBFloat16: return work(bfloat16());
+        default: TORCH_CHECK(false, "float32, float64 or bfloat16 expected, got ", dtype);
+    }
+}
+
+// As many threads as torch allows and the work can keep busy for longer than it takes to wake them.
+inline int useful_threads(const Call &call) {
+    constexpr double FLOPS_PER_NS = 100, ELEMENTS_PER_NS = 3, WORTH_A_THREAD_NS = 5000;
+    double ns_per_row = 0;
+    for (int64_t l = 0; l < call.depth; l++) {
+        const Layer &layer = call.layers[l];
+        ns_per_row += 2 * double(layer.N) * double(layer.K) / FLOPS_PER_NS + double(layer.N) / ELEMENTS_PER_NS;
+    }
+    const double worth = std::floor(ns_per_row * double(call.M) / WORTH_A_THREAD_NS);
+    return int(std::clamp(worth, 1.0, double(at::get_num_threads())));
+}
+
+struct Arguments {
+    Tensor x, residual;
+    Call call;
+
+    Arguments(const Network &network, const Tensor &x_, const std::optional<Tensor> &residual_, int64_t way) {
+        const Layer &first = network.layers.front();
+        TORCH_CHECK(x_.device().is_cpu() && x_.dim() > 0 && x_.size(-1) == first.K, "x must be [..., ", first.K,
+                    "] on the CPU, got ", x_.sizes(), " on ", x_.device());
+        call = {};
+        x = rows_of(x_, &call.ldx);
+        call.M = x.size(0);
+        call.x = x.const_data_ptr();
+        if (residual_) {
+            TORCH_CHECK(residual_->scalar_type() == x.scalar_type() && residual_->size(-1) == first.N &&
+                            residual_->numel() == call.M * first.N,
+                        "residual must be [..., ", first.N, "] with the rows and dtype of x, got ", residual_->sizes());
+            residual = rows_of(*residual_, &call.ldr);
+            call.residual = residual.const_data_ptr();
+        }
+        call.layers = network.layers.data(), call.depth = int64_t(network.layers.size());
+        call.way = Way(way);
+        call.threads = at::in_parallel_region() ? 1 : useful_threads(call);
+        call.has_brgemm = has_brgemm(x.scalar_type());
+        TORCH_CHECK(call.has_brgemm || x.scalar_type() != at::kBFloat16,
+                    "bfloat16 needs brgemm, which torch.backends.mkldnn.enabled has switched off, or this processor lacks");
+    }
+};
+
+inline Tensor output_like(const Tensor &x, int64_t columns) {
+    c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
+    sizes.back() = columns;
+    return fresh(sizes, x.scalar_type());
+}
+
+inline Tensor run_forward(const Tensor &plan, at::TensorList parameters, const Tensor &x, const std::optional<Tensor> &residual,
+                          const std::optional<Tensor> &seeds, int64_t way, c10::ArrayRef<bool> required, Tensor *kept) {
+    const Network network(plan, parameters, x.scalar_type(), seeds, {}, required);
+    const Arguments arguments(network, x, residual, way);
+    Tensor y = output_like(x, network.layers.back().N);
+    by_dtype(x.scalar_type(), [&](auto type) {
+        using T = decltype(type);
+        if (kept) *kept = memory_to_keep(kept_bytes<T>(arguments.call));
+        forward<T>(arguments.call, y.mutable_data_ptr(), kept ? kept->mutable_data_ptr() : nullptr);
+    });
+    return y;
+}
+
+// One gradient per wish, undefined where there is none; required: as forward was told.
+inline std::vector<Tensor> run_backward(const Tensor &plan, at::TensorList parameters, const Tensor &x,
+                                        const std::optional<Tensor> &residual, const std::optional<Tensor> &seeds,
+                                        const Tensor &kept, c10::ArrayRef<bool> required, const Tensor &g, int64_t way,
+                                        c10::ArrayRef<bool> wanted) {
+    TORCH_CHECK(wanted.size() == parameters.size() + 2, "one wish per gradient expected");
+    std::vector<Tensor> found(wanted.size());
+    for (size_t i = 0; i < found.size(); i++) {
+        const Tensor &of = i == 0 ? x : i == 1 && residual ? *residual : parameters[std::max<size_t>(i, 2) - 2];
+        if (wanted[i]) found[i] = fresh(of.sizes(), of.scalar_type());
+    }
+    const Network network(plan, parameters, x.scalar_type(), seeds, at::TensorList(found).slice(2), required);
+    const Arguments arguments(network, x, residual, way);
+    int64_t ldg;
+    const Tensor rows = rows_of(g, &ldg);
+    by_dtype(x.scalar_type(), [&](auto type) {
+        using T = decltype(type);
+        TORCH_CHECK(g.scalar_type() == x.scalar_type(), "g must be ", x.scalar_type(), ", got ", g.scalar_type());
+        const bool is_kept = kept.defined() && kept.numel() > 0;
+        TORCH_CHECK(!is_kept || kept.numel() == kept_bytes<T>(arguments.call), "backward expects ",
+                    kept_bytes<T>(arguments.call), " bytes from forward, got ", kept.numel());
+        auto address = [](const Tensor &tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
+        backward<T>(arguments.call, rows.const_data_ptr(), ldg, is_kept ? kept.const_data_ptr() : nullptr,
+                    address(found[0]), address(found[1]));
+    });
+    return found;
+}
+
+}  // namespace
+}  // namespace fusedres
