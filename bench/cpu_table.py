@@ -41,7 +41,8 @@ def header(record: dict[str, Any]) -> str:
 
 def _ms(row: dict[str, Any], way: str) -> str:
     found = row["milliseconds"].get(way)
-    return "-" if found is None else f"{found['median']:.4g} ±{found['spread'] / 2:.0%}"
+    mark = "!" if way in row.get("remarks", {}) else ""
+    return "-" if found is None else f"{found['median']:.4g} ±{found['spread'] / 2:.0%}{mark}"
 
 
 def _number(value: float | None) -> str:
@@ -77,16 +78,20 @@ def contest_line(row: dict[str, Any]) -> str:
     times = ", ".join(f"{name} {_ms(row, way)}" for way, name in WAYS.items() if way in row["milliseconds"])
     cells = dict(zip(CONTEST_COLUMNS, contest_cells(row), strict=True))
     bar = f" (bar {cells['bar']}: {cells['']})" if cells["bar"] else ""
-    failures = "".join(f"; {way}: {why}" for way, why in row["failures"].items())
+    said = "".join(f"; {way}: {why}" for way, why in _said(row))
     ratios = f"{cells['/eager']} times eager's speed, {cells['/compile']} times the best compile's{bar}"
     if row["floor_ms"] is not None:
         ratios += f", {cells['floors']} floors"
-    return f"{row['row']} {row['pass']}: {times} ms; {ratios}{failures}"
+    return f"{row['row']} {row['pass']}: {times} ms; {ratios}{said}"
+
+
+def _said(row: dict[str, Any]) -> list[tuple[str, str]]:
+    return [*row["failures"].items(), *row["remarks"].items()]
 
 
 def contest_table(record: dict[str, Any]) -> str:
     rows = list(record["rows"].values())
-    notes = [f"{row['row']} {row['pass']}, {way}: {why}" for row in rows for way, why in row["failures"].items()]
+    notes = [f"{row['row']} {row['pass']}, {way}: {why}" for row in rows for way, why in _said(row)]
     judged = [row for row in rows if row["is_met"] is not None]
     met = sum(row["is_met"] for row in judged)
     return "\n".join(
@@ -94,6 +99,7 @@ def contest_table(record: dict[str, Any]) -> str:
             header(record),
             "Milliseconds, median ± half the interquartile range over rounds. /eager, /compile: how many times as fast",
             "fused is as eager and as the better compilation. floors: how many times the floor fused takes.",
+            "!: its answer is further from float64 than ours may be; a note below says where.",
             columns(CONTEST_COLUMNS, [contest_cells(row) for row in rows]),
             *notes,
             f"{met} of {len(judged)} bars met",

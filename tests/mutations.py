@@ -184,7 +184,7 @@ def survives(mutation: Mutation) -> bool:
         if mutation.file.startswith("kernels/cpu/"):  # no broken library in the user's cache
             environment["FUSEDRES_CACHE"] = str(Path(folder) / "cache")
         run = subprocess.run(command, cwd=copy, env=os.environ | environment, capture_output=True, text=True)
-        if run.returncode not in (0, 1):
+        if run.returncode > 1:  # a negative one is a signal's: broken C++ may crash, which nobody overlooks
             raise RuntimeError(f"the tests did not run:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
         return run.returncode == 0
 

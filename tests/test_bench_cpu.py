@@ -174,12 +174,16 @@ def test_tables_say_met_and_missed(tmp_path):
         times = {way: {"median": 1.0, "spread": 0.1} for way in ("eager", "fused")}
         fused = {"over_eager": 2.0, "over_best_compile": ratio, "over_floor": 3.0}
         ours = {"milliseconds": times, "fused": fused, "floor_ms": 0.3, "bar": 2.0, "is_met": met}
-        return {"row": name, "pass": "F", "failures": {"compile": "no compiler"} if met is None else {}, **ours}
+        failures = {"compile": "no compiler"} if met is None else {}
+        remarks = {} if met else {"eager": "wrong"}
+        return {"row": name, "pass": "F", "failures": failures, "remarks": remarks, **ours}
 
     rows = {str(i): row(f"n{i}", *of) for i, of in enumerate([(2.5, True), (1.5, False), (None, None)])}
     said = contest_table({"kind": "contest", "rows": rows})
     assert "1 of 2 bars met" in said
     assert "n2 F, compile: no compiler" in said
+    assert "n1 F, eager: wrong" in said
+    assert said.count("1 ±5%!") == 2
     assert [line.split()[0] for line in said.splitlines() if "missed" in line] == ["n1"]
 
 
