@@ -25,10 +25,10 @@ inline void in_huge_pages(void *memory, int64_t bytes) {
 #endif
 }
 
-// Blocks that calls have given back, up to a total; whoever needs one of about that size takes it.
+// Blocks that calls and tensors have given back, up to a total; whoever needs one of about that size takes it.
 class Pool {
   public:
-    static constexpr int64_t SMALLEST = int64_t(1) << 20, MOST = int64_t(1) << 26;
+    static constexpr int64_t SMALLEST = int64_t(1) << 16, MOST = int64_t(1) << 27;
 
     static Pool &instance() {
         static Pool *pool = new Pool;  // never destroyed: threads may outlive the library's statics
@@ -38,9 +38,9 @@ class Pool {
     void *take(int64_t *bytes) {
         if (*bytes >= SMALLEST) {
             std::lock_guard<std::mutex> lock(mutex_);
-            for (size_t i = 0; i < blocks_.size(); i++) {
+            for (size_t i = blocks_.size(); i-- > 0;) {  // the last one given may still be in a cache
                 const Block found = blocks_[i];
-                if (found.bytes < *bytes || found.bytes > 2 * *bytes) continue;
+                if (found.bytes < *bytes || found.bytes > *bytes + *bytes / 4) continue;
                 blocks_.erase(blocks_.begin() + int64_t(i));
                 total_ -= found.bytes;
                 *bytes = found.bytes;

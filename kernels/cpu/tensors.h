@@ -1,47 +1,22 @@
-// From PyTorch's tensors to the engine's calls and back: memory, addresses checked against the plan, strides.
+// From PyTorch's tensors to the engine's calls and back: addresses checked against the plan, strides, threads.
 #pragma once
 
 #include <ATen/Context.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "capabilities.h"
-#include "memory.h"
+#include "fresh.h"
 #include "network.h"
 
 namespace fusedres {
 namespace {
 
-using Tensor = at::Tensor;
 using Wishes = c10::SmallVector<bool, 64>;  // of x, of a residual, and of every parameter, whether its gradient is wanted
-
-inline bool is_fresh_memory_filled() {
-    const auto &context = at::globalContext();
-    return context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
-}
-
-// at::empty without its dispatch, which costs more than a small layer; with it where torch fills fresh memory, as tests ask.
-inline Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
-    if (is_fresh_memory_filled()) return at::empty(sizes, at::TensorOptions().dtype(dtype));
-    Tensor tensor(at::detail::empty_cpu(sizes, dtype));
-    in_huge_pages(tensor.mutable_data_ptr(), int64_t(tensor.nbytes()));
-    return tensor;
-}
-
-// Bytes for backward: out of the pool where it would take them back, since fresh pages cost more than what is kept there.
-inline Tensor memory_to_keep(int64_t bytes) {
-    if (bytes < Pool::SMALLEST || bytes > Pool::MOST || is_fresh_memory_filled()) return fresh({bytes}, at::kByte);
-    int64_t taken = bytes;
-    void *memory = Pool::instance().take(&taken);
-    auto give_back = [taken](void *memory) { Pool::instance().give(memory, taken); };
-    return at::from_blob(memory, {bytes}, give_back, at::TensorOptions().dtype(at::kByte));
-}
 
 // ------------------------------------------------------------------------------------------------ the plan
 
@@ -222,7 +197,7 @@ inline Tensor run_forward(const Tensor &plan, at::TensorList parameters, const T
     Tensor y = output_like(x, network.layers.back().N);
     by_dtype(x.scalar_type(), [&](auto type) {
         using T = decltype(type);
-        if (kept) *kept = memory_to_keep(kept_bytes<T>(arguments.call));
+        if (kept) *kept = fresh({kept_bytes<T>(arguments.call)}, at::kByte);
         forward<T>(arguments.call, y.mutable_data_ptr(), kept ? kept->mutable_data_ptr() : nullptr);
     });
     return y;
