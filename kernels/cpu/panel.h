@@ -59,9 +59,16 @@ void finish_panel(const Ready<T> &ready, const Rows &rows, const ForwardPanel<T>
         const C *from = kept ? z + r * ldz : ready.zero;
         const int64_t ldfrom = kept ? ldz : 0;
         const C *bias = kept ? ready.bias + n : ready.zero, *scale = kept ? ready.scale + n : ready.zero;
-        finish_of<T>(layer.activation, layer.is_post, panel.slope)(
-            count, width, from, ldfrom, bias, scale, lambda, s + r * lds, lds, panel.y + r * panel.ldy + n, panel.ldy,
-            panel.slope ? panel.slope + r * ld + n : nullptr, ld);
+        const Finish<T> finish = finish_of<T>(layer.activation, layer.is_post, panel.slope);
+        const T *skip = s + r * lds;
+        T *y = panel.y + r * panel.ldy + n, *slope = panel.slope ? panel.slope + r * ld + n : nullptr;
+        const int64_t rest = width % LANES<C>;
+        const bool few = rest >= FEW_COLUMNS && layer.activation != Activation::none;  // for one row too: the same bits
+        const int64_t whole = few ? width - rest : width;
+        if (whole) finish(count, whole, from, ldfrom, bias, scale, lambda, skip, lds, y, panel.ldy, slope, ld);
+        if (few)
+            finish_few_columns<T>(finish, count, rest, from + whole, ldfrom, bias + whole, scale + whole, lambda,
+                                  skip + whole, lds, y + whole, panel.ldy, slope ? slope + whole : nullptr, ld);
         if (panel.branch)
             finish_of<T>(layer.activates_sum() ? Activation::none : layer.activation, false, false)(
                 count, width, from, ldfrom, bias, kept ? ready.unit : ready.zero, C(0), ready.no_skip(), 0,
