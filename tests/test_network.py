@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -441,6 +442,24 @@ def test_a_mode_around_backward_alone_sees_it():
     assert log.seen.count("fusedres::residual_network_backward") == 1
     expected = torch.autograd.grad(case.network(tensors)(tensors["x"]).sum(), list(tensors.values()))
     assert_close(found, expected, **SINGLE)
+
+
+def test_compiled_autograd_runs_it():
+    from torch._dynamo import compiled_autograd
+
+    case = NETWORKS["drop-path"]
+    tensors = case.tensors()
+    network = case.network(tensors)
+    g = torch.randn(*case.leading, case.sizes[-1])
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(network(tensors["x"], training=True), list(tensors.values()), g)
+    torch.manual_seed(3)
+    y = network(tensors["x"], training=True)
+    with warnings.catch_warnings(), compiled_autograd._enable(torch.compile(backend="eager")):
+        warnings.simplefilter("ignore")  # that it cannot look inside
+        y.backward(g)
+    assert_close(tuple(t.grad for t in tensors.values()), expected, **SAME_BITS)
+    torch._dynamo.reset()
 
 
 def test_a_batch_of_gradients_by_vmap():

@@ -45,8 +45,8 @@ std::mutex bound_mutex;
 std::unordered_map<int64_t, std::shared_ptr<const Bound>> bound;
 int64_t next_handle = 1;
 
-int64_t bind(const Tensor &plan, const Parameters &parameters, c10::List<int64_t> codes, c10::List<double> numbers) {
-    auto network = std::make_shared<const Bound>(Bound{plan, listed(parameters), std::move(codes), std::move(numbers)});
+int64_t bind(const Tensor &plan, const Parameters &parameters) {
+    auto network = std::make_shared<const Bound>(Bound{plan, listed(parameters)});
     std::lock_guard<std::mutex> lock(bound_mutex);
     bound.emplace(next_handle, std::move(network));
     return next_handle++;
@@ -82,7 +82,7 @@ Tensor run(int64_t handle, const Tensor &x, int64_t way, const std::optional<Ten
 
 TORCH_LIBRARY(fusedres_cpu, library) {
     library.def("capabilities() -> int", fusedres::capabilities);
-    library.def("bind(Tensor plan, Tensor?[] parameters, int[] codes, float[] numbers) -> int");
+    library.def("bind(Tensor plan, Tensor?[] parameters) -> int");
     library.def("unbind(int network) -> ()", fusedres::unbind);
     // An implementation for every key, autograd's too: it makes its node itself.
     library.def("run(int network, Tensor x, int way, Tensor? seeds=None, bool keep=True) -> Tensor", fusedres::run);

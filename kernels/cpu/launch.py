@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Gradients, LayerSpec, NetworkSpec, Operands, Wanted
-from .plan import encoded, layer_plan, plan
+from .plan import layer_plan, plan
 
 
 class _Engine:
@@ -141,7 +141,7 @@ def _backward_of_concat(
 
 def bind(spec: NetworkSpec, parameters: Sequence[Tensor]) -> int:
     """A handle for `run`, to be given back to `unbind`: until then the engine holds the tensors themselves."""
-    return _engine.bind(plan(spec), parameters, *encoded(spec))
+    return _engine.bind(plan(spec), parameters)
 
 
 def unbind(handle: int) -> None:

@@ -13,7 +13,6 @@ namespace {
 struct Bound {
     Tensor plan;
     std::vector<Tensor> parameters;
-    c10::IValue codes, numbers;  // the plan again, as an operator that others see takes it
 };
 
 // One call of a network: all but its x.
@@ -46,8 +45,7 @@ class ResidualNetwork : public torch::autograd::Function<ResidualNetwork> {
         std::vector<Tensor> saved{run.bound.plan, x, run.seeds.value_or(Tensor()), std::move(kept)};
         saved.insert(saved.end(), parameters.begin(), parameters.end());
         context->save_for_backward(std::move(saved));
-        context->saved_data["call"] = c10::ivalue::Tuple::create(run.bound.codes, run.bound.numbers, run.way,
-                                                                 std::string(required.begin(), required.end()));
+        context->saved_data["call"] = c10::ivalue::Tuple::create(run.way, std::string(required.begin(), required.end()));
         return y;
     }
 
@@ -65,11 +63,11 @@ class ResidualNetwork : public torch::autograd::Function<ResidualNetwork> {
         std::vector<Tensor> found;
         if (c10::GradMode::is_enabled() || !is_plain(g) || !is_plain(x)) {
             wanted.erase(wanted.begin() + 1);
-            found = by_operator(g, x, parameters, seeds, call[0], call[1], wanted);
+            found = by_operator(g, x, parameters, seeds, saved[PLAN], wanted);
         } else {
-            const std::string &bytes = call[3].toStringRef();
-            const Wishes required(bytes.begin(), bytes.end());
-            found = run_backward(saved[PLAN], parameters, x, std::nullopt, seeds, saved[KEPT], required, g, call[2].toInt(),
+            const std::string &given = call[1].toStringRef();
+            const Wishes required(given.begin(), given.end());
+            found = run_backward(saved[PLAN], parameters, x, std::nullopt, seeds, saved[KEPT], required, g, call[0].toInt(),
                                  wanted);
             found.erase(found.begin() + 1);
         }
@@ -80,11 +78,10 @@ class ResidualNetwork : public torch::autograd::Function<ResidualNetwork> {
   private:
     // The operator that autograd differentiates again, torch.vmap batches, and dispatch modes see.
     static std::vector<Tensor> by_operator(const Tensor &g, const Tensor &x, at::TensorList parameters,
-                                           const std::optional<Tensor> &seeds, const c10::IValue &codes,
-                                           const c10::IValue &numbers, c10::ArrayRef<bool> wanted) {
-        c10::List<bool> wishes;
-        wishes.reserve(wanted.size());
-        for (const bool is_wanted : wanted) wishes.push_back(is_wanted);
+                                           const std::optional<Tensor> &seeds, const Tensor &plan,
+                                           c10::ArrayRef<bool> wanted) {
+        const c10::List<bool> wishes(wanted);
+        const auto [codes, numbers] = encoded(plan);
         std::vector<c10::IValue> stack{g, x, c10::List<Tensor>(parameters), seeds, codes, numbers, wishes};
         c10::Dispatcher::singleton().findSchemaOrThrow("fusedres::residual_network_backward", "").callBoxed(stack);
         const c10::List<Tensor> some = stack.at(0).toTensorList();

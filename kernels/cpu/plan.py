@@ -1,10 +1,11 @@
-"""A network's plan, int64 [layers, 16] on the CPU: all that the engine has to know of it beside its tensors.
+"""A network's plan, int64 [layers, 17] on the CPU: all that the engine has to know of it beside its tensors.
 
-    0 N   1 K   2 activation   3 is_post   4 skip   5 λ   6 a   7 drop_threshold   8 keep_scale
-    9 to 14 the slots of weight, bias, projection_weight, projection_bias, skip_scale, branch_scale   15 slice
+    0 N   1 K   2 activation   3 is_post   4 skip
+    5 to 10 the slots of weight, bias, projection_weight, projection_bias, skip_scale, branch_scale   11 slice
+    12 λ   13 a   14 drop_path   15 drop_threshold   16 keep_scale
 
-λ, a and keep_scale are the bits of doubles; activation and skip are indices in `kernels/spec.py`. As an operator's
-arguments a network is codes (integers) and numbers instead, which say the same and read well in a graph.
+λ, a, drop_path and keep_scale are the bits of doubles; activation and skip are indices in `kernels/spec.py`. As an
+operator's arguments a network is codes (words 0 to 11) and numbers (12 to 14) instead, which read well in a graph.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ def plan(spec: NetworkSpec) -> Tensor:
 
 @torch.inference_mode(False)
 def _plan(spec: NetworkSpec) -> Tensor:
-    numbers = [(s.skip_scale, s.branch_scale, s.keep_scale) for s, *_ in spec.layers]
-    skip_scales, branch_scales, keep_scales = (
-        torch.tensor(column, dtype=torch.float64, device="cpu").view(torch.int64).tolist()
-        for column in zip(*numbers, strict=True)
-    )
-    words = []
-    for i, layer in enumerate(spec.layers):
-        activation, is_post, skip = _indices(layer.spec)
-        scales = (skip_scales[i], branch_scales[i], layer.spec.drop_threshold, keep_scales[i])
-        words.append((layer.N, layer.K, activation, is_post, skip, *scales, *layer.slots, layer.slice))
-    return torch.tensor(words, dtype=torch.int64, device="cpu")
+    codes, numbers = encoded(spec)
+    bits = torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.int64)
+    specs = [layer.spec for layer in spec.layers]
+    keep_scales = torch.tensor([s.keep_scale for s in specs], dtype=torch.float64, device="cpu").view(torch.int64)
+    columns = [
+        torch.tensor(codes, dtype=torch.int64, device="cpu").view(-1, CODES),
+        bits.view(-1, NUMBERS),
+        torch.tensor([s.drop_threshold for s in specs], dtype=torch.int64, device="cpu").view(-1, 1),
+        keep_scales.view(-1, 1),
+    ]
+    return torch.cat(columns, 1)
 
 
 def _indices(spec: LayerSpec) -> tuple[int, int, int]:

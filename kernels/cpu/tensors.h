@@ -20,8 +20,9 @@ using Wishes = c10::SmallVector<bool, 64>;  // of x, of a residual, and of every
 
 // ------------------------------------------------------------------------------------------------ the plan
 
-constexpr int64_t WORDS = 16;
-enum Word { N, K, ACTIVATION, IS_POST, SKIP, SKIP_SCALE, BRANCH_SCALE, DROP_THRESHOLD, KEEP_SCALE, SLOTS, INDEX = 15 };
+// As kernels/cpu/plan.py makes it.
+constexpr int64_t WORDS = 17;
+enum Word { N, K, ACTIVATION, IS_POST, SKIP, SLOTS, INDEX = 11, SKIP_SCALE, BRANCH_SCALE, DROP_PATH, DROP_THRESHOLD, KEEP_SCALE };
 enum Slot { WEIGHT, BIAS, PROJECTION, PROJECTION_BIAS, LEARNED_SKIP_SCALE, LEARNED_BRANCH_SCALE };
 
 inline double as_double(int64_t bits) {
@@ -37,6 +38,18 @@ inline double number(const Tensor &from, int64_t index) {
         case at::kDouble: return tensor.const_data_ptr<double>()[index];
         default: return tensor.const_data_ptr<at::BFloat16>()[index];
     }
+}
+
+// The plan as an operator that others see takes it: the first words of every layer, and the numbers after them.
+inline std::pair<c10::List<int64_t>, c10::List<double>> encoded(const Tensor &plan) {
+    c10::List<int64_t> codes;
+    c10::List<double> numbers;
+    const int64_t *words = plan.const_data_ptr<int64_t>();
+    for (int64_t l = 0; l < plan.size(0); l++, words += WORDS) {
+        for (int64_t i = 0; i <= INDEX; i++) codes.push_back(words[i]);
+        for (int64_t i = SKIP_SCALE; i <= DROP_PATH; i++) numbers.push_back(as_double(words[i]));
+    }
+    return {codes, numbers};
 }
 
 // The layers as the kernels read them: addresses of tensors that are contiguous, on the CPU, of one dtype.
