@@ -1,6 +1,7 @@
-"""Where the time of one row's fused network goes: the call, the products, and what is left, the elementwise part.
+"""Where the time of a row's fused network goes: the call, the products, and what is left, the elementwise part.
 
     python bench/cpu_profile.py c1024 --pass FB [--budget SECONDS] [--json FILE]
+    python bench/cpu_profile.py --missed bench/results/cpu.json      every row that misses its bar there
 
 call          the same network on one row, from Python to the last gradient: mostly what does not depend on the batch
 loss          what the mean squared error and its gradient, which everybody pays, take beyond one row's
@@ -122,25 +123,36 @@ def report(found: dict[str, Any]) -> None:
         )
 
 
+def missed(path: Path) -> list[tuple[Row, str]]:
+    """(row, pass) of those in a contest's results that miss their bar."""
+    found = json.loads(path.read_text())["rows"].values()
+    return [(cpu_cases.named(row["row"]), row["pass"]) for row in found if row["is_met"] is False]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("row", choices=[row.name for row in cpu_cases.ROWS], metavar="ROW")
+    parser.add_argument("row", choices=[row.name for row in cpu_cases.ROWS], metavar="ROW", nargs="?")
+    parser.add_argument("--missed", type=Path, metavar="FILE", help="in the place of ROW and --pass")
     parser.add_argument("--pass", dest="kind", choices=cpu_cases.PASSES, default="FB")
     parser.add_argument("--way", choices=("eager", "fused", "stacked"), default="fused")
     parser.add_argument("--rows", type=int, metavar="M", help="of x, in the place of the row's own")
     parser.add_argument("--budget", type=float, default=10.0, metavar="SECONDS")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if (options.row is None) == (options.missed is None):
+        parser.error("either ROW or --missed FILE expected")
 
-    row = cpu_cases.named(options.row)
-    if options.rows:
-        row = row.shrunk(options.rows)
-    if options.way == "stacked" and not row.can_stack:
-        parser.error(f"--way stacked expected a row with equal layers to stack, got {row}")
-    found = profile(row, options.kind, options.way, options.budget)
-    report(found)
-    if options.json:
-        options.json.write_text(json.dumps({"kind": "profile", **host(), **found}, indent=1) + "\n")
+    wanted = missed(options.missed) if options.missed else [(cpu_cases.named(options.row), options.kind)]
+    profiles = {}
+    for row, kind in wanted:
+        if options.rows:
+            row = row.shrunk(options.rows)
+        if options.way == "stacked" and not row.can_stack:
+            parser.error(f"--way stacked expected a row with equal layers to stack, got {row}")
+        profiles[f"{row}-{kind}"] = found = profile(row, kind, options.way, options.budget)
+        report(found)
+        if options.json:
+            options.json.write_text(json.dumps({"kind": "profile", **host(), "rows": profiles}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import cpu_cases
+import first_call
 import opponents
 import pytest
 import torch
@@ -21,6 +22,8 @@ from cpu_cases import BASE, PASSES, ROWS, Row
 from cpu_table import contest_table, sweep_picture
 from sweep import is_slower
 from timing import Quartiles, Results, in_turns
+
+from fusedres import native
 
 ROOT = Path(__file__).parent.parent
 SMALL = Row("small", (8, 8, 8, 5, 5, 1), 6, learns=True)
@@ -98,9 +101,20 @@ def test_the_sweep_runs(tmp_path):
 
 def test_the_profile_and_the_memory_run(tmp_path):
     assert "products alone" in run(ROOT / "bench/cpu_profile.py", "c1024", "--rows", 32, "--budget", 0)
+    contest = {"rows": {str(i): {"row": "a1", "pass": "F", "is_met": met} for i, met in enumerate((True, False, None))}}
+    (tmp_path / "contest.json").write_text(json.dumps(contest))
+    file = tmp_path / "profile.json"
+    run(ROOT / "bench/cpu_profile.py", "--missed", tmp_path / "contest.json", "--budget", 0, "--json", file)
+    assert list(json.loads(file.read_text())["rows"]) == ["a1-F"]
     file = tmp_path / "memory.json"
     run(ROOT / "bench/memory.py", "--rows", 8192, "--json", file)
     assert json.loads(file.read_text())["over_eager"]["recompute"] < 0.5
+
+
+def test_the_seconds_of_a_first_call():
+    parts = first_call.seconds(str(native.cache_folder()))
+    assert list(parts) == ["import torch", "import fusedres", "first call"]
+    assert parts["first call"] < 5, "found, not built"
 
 
 @pytest.mark.parametrize("kind", PASSES)
