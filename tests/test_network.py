@@ -381,6 +381,19 @@ def test_parameters_without_gradient_cost_nothing():
             assert_close(found, tuple(full[f"d{name}"] for name in wanted), **SAME_BITS)
 
 
+def test_memory_of_its_tensors_comes_back_and_may_grow():
+    torch.use_deterministic_algorithms(False)  # which fills fresh memory, and takes it from torch then
+    network, x = Network([torch.randn(64, 64)]), torch.randn(1000, 64)
+    y = network(x)
+    expected, place = y.clone(), y.data_ptr()
+    y.resize_(2000, 64)
+    assert torch.equal(y[:1000], expected)
+    assert y.data_ptr() != place
+    again = network(x)
+    assert again.data_ptr() == place
+    assert torch.equal(again, expected)
+
+
 def test_gradients_share_no_memory():
     case = NETWORKS["projections"]
     tensors = case.tensors()

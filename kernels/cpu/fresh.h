@@ -47,11 +47,7 @@ Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
         return at::empty(sizes, at::TensorOptions().dtype(dtype));
     int64_t bytes = int64_t(c10::elementSize(dtype));
     for (const int64_t size : sizes) bytes *= size;
-    if (bytes < Pool::SMALLEST || bytes > Pool::MOST) {
-        Tensor tensor(at::detail::empty_cpu(sizes, dtype));
-        in_huge_pages(tensor.mutable_data_ptr(), bytes);
-        return tensor;
-    }
+    if (bytes < Pool::SMALLEST) return Tensor(at::detail::empty_cpu(sizes, dtype));
     constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
     return Tensor(at::detail::empty_generic(sizes, PooledMemory::instance(), keys, dtype, std::nullopt));
 }

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -25,10 +27,18 @@ inline void in_huge_pages(void *memory, int64_t bytes) {
 #endif
 }
 
-// Blocks that calls and tensors have given back, up to a total; whoever needs one of about that size takes it.
+// Blocks that calls and tensors have given back, the latest last; whoever needs one of about that size takes it. A step of
+// training asks for the same blocks again and again, and fresh pages cost up to a millisecond per 2 MiB, on virtual machines
+// above all. What is over `most()` goes back to the system, what has waited longest first.
 class Pool {
   public:
-    static constexpr int64_t SMALLEST = int64_t(1) << 16, MOST = int64_t(1) << 27;
+    static constexpr int64_t SMALLEST = int64_t(1) << 16;
+
+    // 512 MiB, or a sixteenth of the machine's memory where that is less
+    static int64_t most() {
+        static const int64_t most = std::min(int64_t(1) << 29, int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / 16);
+        return most;
+    }
 
     static Pool &instance() {
         static Pool *pool = new Pool;  // never destroyed: threads may outlive the library's statics
@@ -54,15 +64,16 @@ class Pool {
     }
 
     void give(void *memory, int64_t bytes) {
-        if (bytes >= SMALLEST) {
-            std::lock_guard<std::mutex> lock(mutex_);
-            if (total_ + bytes <= MOST) {
-                total_ += bytes;
-                blocks_.push_back({memory, bytes});
-                return;
-            }
+        if (bytes < SMALLEST || bytes > most()) return std::free(memory);
+        std::lock_guard<std::mutex> lock(mutex_);
+        total_ += bytes;
+        blocks_.push_back({memory, bytes});
+        size_t old = 0;
+        for (; total_ > most(); old++) {
+            total_ -= blocks_[old].bytes;
+            std::free(blocks_[old].memory);
         }
-        std::free(memory);
+        blocks_.erase(blocks_.begin(), blocks_.begin() + int64_t(old));
     }
 
   private:
