@@ -5,7 +5,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -34,9 +33,9 @@ class Pool {
   public:
     static constexpr int64_t SMALLEST = int64_t(1) << 16;
 
-    // 512 MiB, or a sixteenth of the machine's memory where that is less
+    // An eighth of the machine's memory.
     static int64_t most() {
-        static const int64_t most = std::min(int64_t(1) << 29, int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / 16);
+        static const int64_t most = int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / 8;
         return most;
     }
 
