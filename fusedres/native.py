@@ -230,7 +230,7 @@ def _build(folder: Path, recipe: _Recipe, compiler: Compiler, is_kept: bool) -> 
     _remove_stale(folder)
     begin = time.monotonic()
     how_often = "once for this machine" if is_kept else "for this process"
-    _say(f"fusedres: building its CPU kernels, {how_often} (10 to 20 seconds) …")
+    _say(f"fusedres: building its CPU kernels, {how_often} (10 to 30 seconds) …")
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
     outcome = "stopped"
     try:
