@@ -21,7 +21,7 @@ from timing import host
 PROGRAM = """
 import time; begin = time.perf_counter()
 import torch; imported = time.perf_counter()
-from fusedres import Network, explain, native
+from fusedres import Network, native
 weight, x = torch.randn(8, 8), torch.randn(4, 8)
 first = time.perf_counter(); Network([weight])(x); end = time.perf_counter()
 assert native.missing() is None, native.missing()

@@ -124,8 +124,8 @@ class Network:
 
     @property
     def _is_plain(self) -> bool:
-        """Whether all tensors are of torch's own types, on the CPU, and in memory as they are worth."""
-        return all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and not t.is_neg() for t in self._tensors)
+        """Whether all tensors are of torch's own types, and on the CPU."""
+        return all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in self._tensors)
 
     def _choose(self, x: Tensor) -> tuple[Eager | Native | Triton, Way | None, bool]:
         """What runs a call of x; with the C++ engine also in which way, and whether it keeps activations."""
@@ -175,8 +175,7 @@ class Network:
 
     def _by_operator(self, x: Tensor, seeds: Tensor | None) -> Tensor:
         """The call that others see."""
-        tensors = self._tensors if is_compiling() else launch.resolved(list(self._tensors))
-        return network_ops.residual_network(x, tensors, seeds, *self._encoded)
+        return network_ops.residual_network(x, self._tensors, seeds, *self._encoded)
 
     def _goes_by_layers(self, x: Tensor) -> bool:
         """Whether each layer is called by itself: on a GPU, and where not all of the network is the engine's to run."""

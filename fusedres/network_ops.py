@@ -105,16 +105,9 @@ def _residual_network_backward(
 
 
 @torch.library.impl(_LIBRARY, "residual_network_backward", "Batched")
-def _residual_network_backward_batched(
-    g: Tensor,
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    seeds: Tensor | None,
-    codes: Sequence[int],
-    numbers: Sequence[float],
-    wanted: Sequence[bool],
-) -> list[Tensor]:
+def _residual_network_backward_batched(*arguments: Any) -> list[Tensor]:
     """A batch of gradients (is_grads_batched=True) has no kernel: the formula does it."""
+    g, x, parameters, seeds, codes, numbers, wanted = arguments
     spec = plan.decoded(tuple(codes), tuple(numbers))
     return list(reference.network_gradients(g, x, parameters, spec, seeds, wanted))
 
@@ -138,15 +131,8 @@ def _residual_network_backward_vmap(info: Any, in_dims: tuple, *arguments: Any) 
 
 
 @torch.library.register_fake("fusedres::residual_network_backward", lib=_LIBRARY)
-def _residual_network_backward_fake(
-    g: Tensor,
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    seeds: Tensor | None,
-    codes: Sequence[int],
-    numbers: Sequence[float],
-    wanted: Sequence[bool],
-) -> list[Tensor]:
+def _residual_network_backward_fake(g: Tensor, x: Tensor, parameters: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    *_, wanted = rest
     return [t.new_empty(t.shape) for t, is_wanted in zip((x, *parameters), wanted, strict=True) if is_wanted]
 
 

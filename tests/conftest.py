@@ -48,24 +48,31 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The C++ engine, in the place of the interpreter that the rest of the suite runs on a CPU."""
+    require_engine()
+    if not HAS_GPU and find_spec("triton") is not None:
+        import fusedres.kernels.triton.layer_backward  # noqa: F401 : interpreted, as later tests expect it
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    forget_choices()
+    yield
+    forget_choices()
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """triton or cpu: whose kernels run tensors on `device`."""
     name = getattr(request, "param", "triton")
     if name == "triton":
         yield name
         return
-    require_engine()
-    if not HAS_GPU and find_spec("triton") is not None:
-        import fusedres.kernels.triton.layer_backward  # noqa: F401 : interpreted, as later tests expect it
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    request.getfixturevalue("engine")
     launches = count_launches(monkeypatch)
-    forget_choices()
     if request.node.callspec.params.get("dtype") == torch.bfloat16:
         choice = dispatch.backend(torch.device("cpu"), torch.bfloat16)
         if isinstance(choice, dispatch.Eager):
             pytest.skip(choice.because)
     yield name
-    forget_choices()
     if "launches_nothing" not in request.keywords:
         assert launches, "the C++ engine did not run: this test has proved nothing of it"
 

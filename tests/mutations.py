@@ -149,19 +149,19 @@ MUTATIONS = {
         "kernels/cpu/tensors.h", "given.is_neg() ? given.resolve_neg() : given", "given", "test_network.py"
     ),
     "C++: gradients that nobody asked for": Mutation(
-        "kernels/cpu/node.h", "context->needs_input_grad(1 + i)", "true", "test_network.py"
+        "kernels/cpu/node.h", "context->needs_input_grad(1 + i)", "true", "test_network_autograd.py"
     ),
     "C++: memory laid out for what backward wants": Mutation(
-        "kernels/cpu/node.h", "saved[KEPT], required, g", "saved[KEPT], wanted, g", "test_network.py"
+        "kernels/cpu/node.h", "saved[KEPT], required, g", "saved[KEPT], wanted, g", "test_network_autograd.py"
     ),
     "C++: memory kept without gradients": Mutation(
-        "kernels/cpu/binding.cpp", "if (c10::GradMode::is_enabled() &&", "if (true ||", "test_network.py"
+        "kernels/cpu/binding.cpp", "if (c10::GradMode::is_enabled() &&", "if (true ||", "test_network_autograd.py"
     ),
     "C++: backward not differentiable": Mutation(
-        "kernels/cpu/node.h", "c10::GradMode::is_enabled() || ", "", "test_network.py"
+        "kernels/cpu/node.h", "c10::GradMode::is_enabled() || ", "", "test_network_autograd.py"
     ),
     "C++: backward hidden from modes": Mutation(
-        "kernels/cpu/node.h", " || !is_plain(g) || !is_plain(x)", "", "test_network.py"
+        "kernels/cpu/node.h", " || !is_plain(g) || !is_plain(x)", "", "test_network_autograd.py"
     ),
 }
 

@@ -9,8 +9,9 @@ PYTHON=${PYTHON:-python3}
 export FUSEDRES_SANITIZE=${FUSEDRES_SANITIZE:-address,undefined}
 if [ $# = 0 ]; then
     # not the forks, whose children would report of memory that is their parent's
-    set -- -n 2 -k "(cpu and not forked and not triton) or (network and (float64 or way or strides or bits))" \
-        tests/test_cpu.py tests/test_layer.py tests/test_exact.py tests/test_anything.py tests/test_network.py
+    network="(network and (float64 or way or strides or bits)) or (network_autograd and not check and not compiled)"
+    set -- -n 2 -k "(cpu and not forked and not triton) or $network" tests/test_cpu.py tests/test_layer.py \
+        tests/test_exact.py tests/test_anything.py tests/test_network.py tests/test_network_autograd.py
 fi
 
 read -r library _ < <("$PYTHON" -m fusedres build)

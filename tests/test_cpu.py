@@ -315,6 +315,7 @@ def test_gelu_is_nearer_to_the_truth_than_torch(device):
     theirs = torch.nn.functional.gelu(leaf)
     (their_slope,) = torch.autograd.grad(theirs.sum(), leaf)
     found = through(functional.residual_linear, x, "gelu")
+    # 0.7: nearer by more than another processor's or another erf's rounding; here it is 0.2 to 0.5
     for ours, eager, truth in zip(found, (theirs, their_slope), (value, slope), strict=True):
         mine, other = ours.double() - truth, eager.double() - truth
         assert mine.abs().max() <= 0.7 * other.abs().max()

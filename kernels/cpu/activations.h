@@ -15,7 +15,7 @@
 // NaN gives NaN (but relu' = 1, as in torch) and ±inf the limits, where torch's gelu and silu may give NaN; sin of ±inf
 // is NaN. double asks libm. float has minimax fits of its own, made by reweighted least squares (Lawson) to erfcx,
 // exp, expm1, sin and cos in double; their errors are relative to the function named. gelu's tail may be off by 1e-7 (1 + x²/2)
-// of itself, which is a fifth of what 1 + erf loses there.
+// of itself, where 1 + erf loses more.
 #pragma once
 
 #include <cmath>

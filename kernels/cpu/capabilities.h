@@ -1,4 +1,5 @@
-// What this torch can do on this processor: the matrix products that oneDNN brings.
+// What this torch can do on this processor: the matrix products that oneDNN brings. It defines what product.h declares, so it
+// is for the one source that reads torch's headers.
 #pragma once
 
 #include <ATen/Context.h>

@@ -87,15 +87,7 @@ def _bound(operands: Operands, spec: LayerSpec) -> tuple[list[Tensor], Tensor]:
         every = (weight, bias, projection_weight, projection_bias, skip_scale, branch_scale)
         parameters = [t for t in every if t is not None]
         has = tuple([t is not None for t in every])
-    return resolved(parameters), layer_plan(spec, N, K, has)
-
-
-def resolved(parameters: list[Tensor]) -> list[Tensor]:
-    """Tensors whose memory says what they are: torch sees to a sign kept aside in a tensor, and not in a list."""
-    for t in parameters:
-        if t.is_neg():
-            return [t.resolve_neg() for t in parameters]
-    return parameters
+    return parameters, layer_plan(spec, N, K, has)
 
 
 _WEIGHT = (True, False, False, False, False, False)

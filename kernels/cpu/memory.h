@@ -27,11 +27,15 @@ inline void in_huge_pages(void *memory, int64_t bytes) {
 }
 
 // Blocks that calls and tensors have given back, the latest last; whoever needs one of about that size takes it. A step of
-// training asks for the same blocks again and again, and fresh pages cost up to a millisecond per 2 MiB, on virtual machines
-// above all. What is over `most()` goes back to the system, what has waited longest first.
+// training asks for the same blocks again and again, and fresh pages are cleared first, on virtual machines twice. What is
+// over `most()` goes back to the system, what has waited longest first.
 class Pool {
   public:
+#if defined(__SANITIZE_ADDRESS__)
+    static constexpr int64_t SMALLEST = INT64_MAX;  // none: past the end of a block's use its memory would still be a block's
+#else
     static constexpr int64_t SMALLEST = int64_t(1) << 16;
+#endif
 
     // An eighth of the machine's memory.
     static int64_t most() {
@@ -89,7 +93,7 @@ class Pool {
 class SmallBlocks {
   public:
 #if defined(__SANITIZE_ADDRESS__)
-    static constexpr int64_t BYTES = 0;  // none: past the end of a block's use its memory would still be a block's
+    static constexpr int64_t BYTES = 0;  // none, as in the pool
 #else
     static constexpr int64_t BYTES = 16384;
 #endif

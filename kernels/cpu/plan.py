@@ -28,15 +28,17 @@ def plan(spec: NetworkSpec) -> Tensor:
 
 @torch.inference_mode(False)
 def _plan(spec: NetworkSpec) -> Tensor:
+    def bits(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device="cpu").view(torch.int64)
+
     codes, numbers = encoded(spec)
-    bits = torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.int64)
     specs = [layer.spec for layer in spec.layers]
-    keep_scales = torch.tensor([s.keep_scale for s in specs], dtype=torch.float64, device="cpu").view(torch.int64)
+    thresholds = torch.tensor([s.drop_threshold for s in specs], dtype=torch.int64, device="cpu")
     columns = [
         torch.tensor(codes, dtype=torch.int64, device="cpu").view(-1, CODES),
-        bits.view(-1, NUMBERS),
-        torch.tensor([s.drop_threshold for s in specs], dtype=torch.int64, device="cpu").view(-1, 1),
-        keep_scales.view(-1, 1),
+        bits(numbers).view(-1, NUMBERS),
+        thresholds[:, None],
+        bits([s.keep_scale for s in specs])[:, None],
     ]
     return torch.cat(columns, 1)
 
