@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -111,14 +112,20 @@ def test_parameters_without_gradient_cost_nothing():
             assert_close(found, tuple(full[f"d{name}"] for name in wanted), **SAME_BITS)
 
 
-def test_memory_of_its_tensors_comes_back_and_may_grow():
+def test_memory_of_its_tensors_may_grow():
+    y = Network([torch.randn(64, 64)])(torch.randn(1000, 64))
+    expected = y.clone()
+    y.resize_(2000, 64)
+    assert torch.equal(y[:1000], expected)
+
+
+@pytest.mark.skipif("FUSEDRES_SANITIZE" in os.environ, reason="sanitizers see memory that is never used twice")
+def test_memory_of_its_tensors_comes_back():
     torch.use_deterministic_algorithms(False)  # which fills fresh memory, and takes it from torch then
     network, x = Network([torch.randn(64, 64)]), torch.randn(1000, 64)
     y = network(x)
     expected, place = y.clone(), y.data_ptr()
     y.resize_(2000, 64)
-    assert torch.equal(y[:1000], expected)
-    assert y.data_ptr() != place
     again = network(x)
     assert again.data_ptr() == place
     assert torch.equal(again, expected)
