@@ -26,13 +26,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 EVERY_LAYER = LAYERS | {f"{name}-projection": layer for name, layer in PROJECTED.items()}
 # rows and widths (N, K) on either side of the blocks that a way works in
 ROWS = {
-    "lanes": (1, 15, 16, 17, 63, 64, 65, 200),
+    "lanes": (1, 15, 16, 17, 33, 64, 65, 257),
     "dots": (1, 2, 3, 4),
     "blocks": (1, 15, 16, 17, 64, 65, 127, 129),
     "layers": (1, 17, 128, 129, 257, 300),
 }
 WIDTHS = {
-    "lanes": ((1, 1), (1, 15), (4, 3), (7, 8), (15, 15), (13, 2)),
+    "lanes": ((1, 1), (1, 15), (4, 3), (7, 8), (15, 15), (17, 33), (64, 40), (128, 2)),
     "dots": ((1, 16), (15, 17), (33, 16), (300, 33), (64, 300)),
     "blocks": ((16, 16), (17, 33), (63, 64), (65, 64), (130, 127), (1, 100)),
     "layers": ((129, 129), (130, 64), (257, 131), (3, 192), (300, 1)),

@@ -23,14 +23,18 @@ from .kernels.spec import WAYS, LayerSpec, Operands
 SKINNY = 64  # rows, up to which a layer reads its weights rather than its rows
 
 # The ways of the CPU engine, by widths and rows.
-LANES_BELOW = 16  # every width below it: a row fills no SIMD register, so that rows are the lanes
+LANES_BELOW = 16  # every width below it: a row fills no SIMD register, so that rows are the lanes, however few
 DOTS_UP_TO = 4  # rows, up to which a product is dot products with the weights as they lie,
 WIDE_DOTS_UP_TO = 8  # and where weights are too many to be packed for so few rows
 BLOCKS_UP_TO = 128  # every width up to it: the activations of a block of rows stay in L1 and L2 through all layers
+SHALLOW = 4  # layers, up to which rows of whole vectors are quicker as they lie than turned to lanes and back
+SINGLE_LANES_UP_TO = 64  # width of one layer, up to which its rows are worth turning where they end within a vector
+PAIRED_LANES_BELOW = 32  # widths of bfloat16, from which brgemm's pairs are quicker than lanes, which have none
 
 # Bytes that a network keeps for backward before it computes them again instead, with recompute="auto": what stays in a
-# shared cache. Wide layers keep always, since their products cost more.
+# shared cache. Products of widths from 48 on cost more than reading a gibibyte; layer by layer all is kept.
 KEPT_UP_TO = 12 << 20
+WIDE_KEPT_UP_TO, WIDE_FROM = 1 << 30, 48
 
 # Private to torch, they tell how a call arrived. A torch without one gets the answer that is right for every call.
 transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
@@ -178,12 +182,26 @@ def cpu_way(M: int, widths: tuple[int, ...], dtype: torch.dtype) -> Way | Eager:
     widest = max(widths)
     if widest < LANES_BELOW:
         return _way("lanes", f"every width is below {LANES_BELOW}")
-    most = DOTS_UP_TO if widest <= BLOCKS_UP_TO else WIDE_DOTS_UP_TO
+    most = DOTS_UP_TO if widest < BLOCKS_UP_TO else WIDE_DOTS_UP_TO
     if most >= M:
         return _way("dots", f"there are at most {most} rows")
-    if widest <= BLOCKS_UP_TO:
-        return _way("blocks", f"no width is above {BLOCKS_UP_TO}")
-    return _way("layers", f"a width is above {BLOCKS_UP_TO}")
+    if widest > BLOCKS_UP_TO:
+        return _way("layers", f"a width is above {BLOCKS_UP_TO}")
+    if reason := _against_lanes(widths, dtype):
+        return _way("blocks", f"no width is above {BLOCKS_UP_TO}, and {reason}")
+    return _way("lanes", f"no width is above {BLOCKS_UP_TO}")
+
+
+def _against_lanes(widths: tuple[int, ...], dtype: torch.dtype) -> str:
+    """Why blocks of rows are not to go through layers up to BLOCKS_UP_TO as lanes; empty where they are."""
+    widest, depth = max(widths), len(widths) - 1
+    if dtype == torch.bfloat16 and (widest >= PAIRED_LANES_BELOW or depth == 1):
+        return "bfloat16 multiplies in pairs"
+    if dtype == torch.float32 and depth <= SHALLOW and all(width % 16 == 0 for width in widths):
+        return f"up to {SHALLOW} layers of whole vectors are quicker as they lie"
+    if dtype == torch.float32 and depth == 1 and widest > SINGLE_LANES_UP_TO:
+        return f"one layer above {SINGLE_LANES_UP_TO} is quicker as it lies"
+    return ""
 
 
 def _way(name: str, because: str) -> Way:
@@ -194,7 +212,8 @@ def _way(name: str, because: str) -> Way:
 def keeps(M: int, widths: tuple[int, ...], dtype: torch.dtype, way: str) -> bool:
     """Whether a network that may choose keeps its activations for backward; if not, backward computes them again."""
     kept = M * sum(widths) * 2 * dtype.itemsize
-    return way == "layers" or kept <= KEPT_UP_TO
+    is_wide = sum(widths) >= WIDE_FROM * len(widths)
+    return way == "layers" or kept <= (WIDE_KEPT_UP_TO if is_wide else KEPT_UP_TO)
 
 
 def precision(dtype: torch.dtype) -> str:

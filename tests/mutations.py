@@ -114,7 +114,7 @@ MUTATIONS = {
         "kernels/cpu/panel.h", "dz[n] = T{}, dh[n] =", "dz[n] = T{}, dbias[n] += scale[n] * g[n], dh[n] =", CPU
     ),
     "C++: db of dropped rows of lanes": Mutation(
-        "kernels/cpu/lanes_backward.h", "total += lanes[v];", "total += scale * gradient;", CPU + " -k drop"
+        "kernels/cpu/lanes_backward.h", "total += lane;", "total += scale * gradient;", CPU + " -k drop"
     ),
     "C++: rows of a slice dropped from its first": Mutation(
         "kernels/cpu/layers.h", "some.first_row = call.first_row + first", "some.first_row = call.first_row", CPU
@@ -122,7 +122,16 @@ MUTATIONS = {
     "C++: threads' sums added once": Mutation(
         "kernels/cpu/gradients.h", "t < size_t(team.members)", "t < size_t(team.members > 2)", CPU
     ),
-    "C++: lanes' sums of one thread": Mutation("kernels/cpu/lanes_backward.h", "t < team.members", "t < 1", CPU),
+    "C++: lanes' sums of one thread": Mutation(
+        "kernels/cpu/lanes_backward.h",
+        "int t = 0; t < team.members; t++) total += from",
+        "int t = 0; t < 1; t++) total += from",
+        CPU,
+    ),
+    "C++: lanes' matrices of one thread": Mutation(
+        "kernels/cpu/lanes_backward.h", "for (int t = 1; t < team.members; t++) {", "for (int t = 1; t < 1; t++) {", CPU
+    ),
+    "C++: lanes' matrices of the last block": Mutation("kernels/cpu/lanes_backward.h", "!sums.is_empty", "false", CPU),
     "C++: wide layers' sums of one thread": Mutation(
         "kernels/cpu/layers.h", "for (size_t t = 1; t < state.sums.size(); t++)", "for (size_t t = 1; t < 1; t++)", CPU
     ),

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.backends("cpu")
 
 every_way = pytest.mark.parametrize("way", WAYS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-SHAPES = {"lanes": Shape((70,), 11, 11), "dots": Shape((7,), 33, 33), "blocks": Shape((70,), 33, 33)}
+SHAPES = {"lanes": Shape((70,), 19, 19), "dots": Shape((7,), 33, 33), "blocks": Shape((70,), 33, 33)}
 SHAPES["layers"] = Shape((140,), 147, 147)
 
 
@@ -203,12 +203,12 @@ def test_gradcheck_and_gradgradcheck(way, order, skip, recompute, device):
 
 def test_explain_names_the_way_by_widths_and_rows(device):
     found = []
-    for rows, width in ((1, 15), (500, 15), (4, 16), (90, 16), (90, 128), (90, 129)):
+    for rows, width in ((1, 15), (500, 15), (4, 16), (90, 16), (90, 17), (90, 128), (90, 129)):
         layer = FusedResidualLinear(width, device=device)
         (call,) = fusedres.explain(layer, torch.randn(rows, width, device=device))
         assert call.backend == "native"
         found.append(call.way.name)
-    assert found == ["lanes", "lanes", "dots", "blocks", "blocks", "layers"]
+    assert found == ["lanes", "lanes", "dots", "blocks", "lanes", "blocks", "layers"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)

@@ -82,7 +82,8 @@ def test_bfloat16(name):
     check(replace(NETWORKS[name], dtype=torch.bfloat16))
 
 
-WIDE_ENOUGH = {"lanes": (3, 3, 7, 7), "dots": (5, 33, 33, 150), "blocks": (5, 33, 33, 128), "layers": (5, 33, 33, 150)}
+WIDE_ENOUGH = {"lanes": (5, 33, 33, 20, 7), "dots": (5, 33, 33, 150), "blocks": (5, 33, 33, 128)}
+WIDE_ENOUGH["layers"] = WIDE_ENOUGH["dots"]
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
@@ -115,7 +116,7 @@ def test_two_runs_give_the_same_bits(way, threads, monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("what", ["x", "g", "weight", "bias", "projection_weight", "branch_scale"])
-@pytest.mark.parametrize("sizes", [(3, 5, 5), (33, 40, 40), (33, 140, 140)], ids=["lanes", "blocks", "layers"])
+@pytest.mark.parametrize("sizes", [(3, 5, 5), (33, 40, 40), (32, 48, 48), (33, 140, 140)], ids=str)
 def test_any_strides(sizes, what, layout):
     case = Case(sizes, leading=(2, 9), projections=True, branch_scale="channel")
     check(case, lambda name, t: layout(t) if name.partition(".")[0] == what else t)
@@ -216,7 +217,7 @@ def test_explain_tells_the_way_and_its_reason(capsys):
     case = NETWORKS["medium"]
     tensors = case.tensors()
     (call,) = fusedres.explain(case.network(tensors), tensors["x"])
-    assert (call.backend, call.M, call.K, call.N, call.way.name) == ("native", 150, 33, 10, "blocks")
+    assert (call.backend, call.M, call.K, call.N, call.way.name) == ("native", 150, 33, 10, "lanes")
     printed = capsys.readouterr().out
     assert printed.strip() == str(call)
     for words in ("network [150, 33] -> [150, 10] torch.float32, 4 layers: native", "no width is above 128", "threads"):
@@ -227,12 +228,17 @@ def test_explain_tells_the_way_and_its_reason(capsys):
 
 
 def test_the_table_of_ways():
-    def way(M: int, *widths: int) -> str:
-        return dispatch.cpu_way(M, widths, torch.float32).name
+    def way(M: int, *widths: int, dtype: torch.dtype = torch.float32) -> str:
+        return dispatch.cpu_way(M, widths, dtype).name
 
     assert [way(M, 3, 15) for M in (1, 100_000)] == ["lanes", "lanes"]
-    assert [way(M, 3, 16) for M in (dispatch.DOTS_UP_TO, dispatch.DOTS_UP_TO + 1)] == ["dots", "blocks"]
-    assert [way(100, 64, width, 1) for width in (128, 129)] == ["blocks", "layers"]
+    assert [way(M, 3, 16) for M in (dispatch.DOTS_UP_TO, dispatch.DOTS_UP_TO + 1)] == ["dots", "lanes"]
+    assert [way(100, 64, width, 1) for width in (128, 129)] == ["lanes", "layers"]
+    shallow, deep = ([64] * (dispatch.SHALLOW + 1 + more) for more in (0, 1))
+    assert [way(100, *widths) for widths in (shallow, deep)] == ["blocks", "lanes"]
+    assert [way(100, *widths, dtype=torch.float64) for widths in (shallow, deep)] == ["lanes", "lanes"]
+    assert [way(100, *widths, dtype=torch.bfloat16) for widths in (deep, (17, 31, 31))] == ["blocks", "lanes"]
+    assert [way(100, width, width) for width in (33, 65)] == ["lanes", "blocks"]
 
 
 def test_where_eager_is_quicker_it_runs(monkeypatch):

@@ -91,6 +91,7 @@ def test_what_recompute_keeps():
 def test_auto_keeps_what_is_small():
     few, many = (dispatch.keeps(M, (64,) * 17, torch.float32, "blocks") for M in (1000, 1_000_000))
     assert (few, many) == (True, False)
+    assert dispatch.keeps(65536, (64,) * 17, torch.float32, "lanes")
     assert dispatch.keeps(1_000_000, (1024, 1024), torch.float32, "layers")
     assert not dispatch.keeps(65536, (3,) * 14, torch.float32, "lanes")
 

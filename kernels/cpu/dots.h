@@ -37,6 +37,17 @@ inline void some_dots(int64_t K, int64_t columns, const T *weight, const Compute
     const T *of[COUNT];
     for (int j = 0; j < COUNT; j++) of[j] = weight + std::min<int64_t>(j, columns - 1) * K;
     int64_t k = 0;
+    if (ROWS == 1 && K >= 128)
+        for (int j0 = 0; j0 + 4 <= COUNT; j0 += 4) {
+            Vector<C> parts[4][4] = {};
+            for (k = 0; k + 4 * W <= K; k += 4 * W)
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++)
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; i++) parts[j][i] += load_wide(of[j0 + j] + k + i * W) * load(h + k + i * W);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) sums[j0 + j] = (parts[j][0] + parts[j][1]) + (parts[j][2] + parts[j][3]);
+        }
     for (; k + W <= K; k += W)
 #pragma GCC unroll 16
         for (int j = 0; j < COUNT; j++) {

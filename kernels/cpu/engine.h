@@ -7,16 +7,11 @@
 
 namespace fusedres {
 
-// Rows of a block of lanes: a function of M alone, since forward and backward must agree on where things are kept.
-inline bool has_wide_lanes(const Call &call) { return call.M > 64; }
-
 template <class T>
 void forward(const Call &call, void *y_, void *kept) {
     T *y = static_cast<T *>(y_);
     switch (call.way) {
-        case Way::lanes:
-            if (has_wide_lanes(call)) return forward_lanes<T, 64>(call, y, static_cast<Compute<T> *>(kept));
-            return forward_lanes<T, 16>(call, y, static_cast<Compute<T> *>(kept));
+        case Way::lanes: return forward_lanes<T>(call, y, static_cast<Compute<T> *>(kept));
         case Way::dots: return forward_dots<T>(call, y, static_cast<T *>(kept));
         case Way::blocks: return forward_blocks<T>(call, y, static_cast<T *>(kept));
         case Way::layers: return forward_layers<T>(call, y, static_cast<T *>(kept));
@@ -28,11 +23,8 @@ void backward(const Call &call, const void *g_, int64_t ldg, const void *kept_, 
     const T *g = static_cast<const T *>(g_), *kept = static_cast<const T *>(kept_);
     T *dx = static_cast<T *>(dx_), *dresidual = static_cast<T *>(dresidual_);
     switch (call.way) {
-        case Way::lanes: {
-            const auto *lanes = static_cast<const Compute<T> *>(kept_);
-            if (has_wide_lanes(call)) return backward_lanes<T, 64>(call, g, ldg, lanes, dx, dresidual);
-            return backward_lanes<T, 16>(call, g, ldg, lanes, dx, dresidual);
-        }
+        case Way::lanes:
+            return backward_lanes<T>(call, g, ldg, static_cast<const Compute<T> *>(kept_), dx, dresidual);
         case Way::dots: return backward_dots<T>(call, g, ldg, kept, dx, dresidual);
         case Way::blocks: return backward_blocks<T>(call, g, ldg, kept, dx, dresidual);
         case Way::layers: return backward_layers<T>(call, g, ldg, kept, dx, dresidual);
@@ -44,8 +36,7 @@ int64_t kept_bytes(const Call &call) {
     using C = Compute<T>;
     switch (call.way) {
         case Way::lanes:
-            return KeptLayout<C>(call).row_elements() * rounded_up(call.M, has_wide_lanes(call) ? 64 : 16) *
-                   int64_t(sizeof(C));
+            return KeptLayout<C>(call).row_elements() * rounded_up(call.M, lane_rows<C>(call)) * int64_t(sizeof(C));
         case Way::dots: return KeptLayout<T>(call).row_elements() * call.M * int64_t(sizeof(T));
         default: return KeptLayout<T>(call).row_elements() * rounded_up(call.M, GRAIN) * int64_t(sizeof(T));
     }

@@ -1,5 +1,5 @@
-// Widths below 16: SIMD lanes are rows. A block of rows lies feature by feature, h [K][R], and goes through all layers; a weight
-// is one number that meets R rows at a time.
+// Narrow layers: SIMD lanes are rows. A block of R rows lies feature by feature, h [K][R], and goes through all layers; a
+// weight is one number that meets R rows at a time, as it lies.
 #pragma once
 
 #include <optional>
@@ -8,35 +8,66 @@
 
 namespace fusedres {
 
-constexpr int64_t WIDEST_LANES = 15;
+constexpr int64_t MOST_LANES = 64;
 
-// to [N][R] = add + Σ_k w(n, k) h[k]; w(n, k) lies at n * row + k * depth.
-template <class C, int ROWS, int R>
-void lanes_product_rows(int64_t K, const C *w, int64_t row, int64_t depth, const C *bias, const C *h, C *to, bool add) {
-    constexpr int W = LANES<C>;
-    for (int r = 0; r < R; r += W) {
-        Vector<C> sums[ROWS];
-        for (int n = 0; n < ROWS; n++) sums[n] = add ? load(to + n * R + r) : Vector<C>{} + (bias ? bias[n] : C(0));
-        for (int64_t k = 0; k < K; k++) {
-            Vector<C> lane = load(h + k * R + r);
-            for (int n = 0; n < ROWS; n++) sums[n] += w[n * row + k * depth] * lane;
-        }
-        for (int n = 0; n < ROWS; n++) store(to + n * R + r, sums[n]);
-    }
+// Rows of a block: a function of M alone, since forward and backward must agree on where things are kept.
+template <class C>
+int64_t lane_rows(const Call &call) {
+    if (LANES<C> <= 8 && call.M <= 8) return 8;
+    return call.M <= 32 ? 16 : call.M <= 256 ? 32 : MOST_LANES;
 }
 
-template <class C, int R>
-void lanes_product(int64_t N, int64_t K, const C *w, int64_t row, int64_t depth, const C *bias, const C *h, C *to,
-                   bool add) {
+// to [ROWS][R] = add + Σ_k w(n, k) h[k], in VECTORS vectors of lanes; w(n, k) lies at n * row + k * depth.
+template <class C, int ROWS, int VECTORS>
+void lanes_micro_product(int64_t R, int64_t K, const C *w, int64_t row, int64_t depth, const C *bias, const C *h, C *to,
+                         bool add) {
+    constexpr int W = LANES<C>;
+    Vector<C> sums[ROWS][VECTORS], lanes[VECTORS];
+    for (int n = 0; n < ROWS; n++)
+        for (int v = 0; v < VECTORS; v++)
+            sums[n][v] = add ? load(to + n * R + v * W) : Vector<C>{} + (bias ? bias[n] : C(0));
+    for (int64_t k = 0; k < K; k++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) lanes[v] = load(h + k * R + v * W);
+#pragma GCC unroll 16
+        for (int n = 0; n < ROWS; n++) {
+            const C weight = w[n * row + k * depth];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) sums[n][v] += weight * lanes[v];
+        }
+    }
+    for (int n = 0; n < ROWS; n++)
+        for (int v = 0; v < VECTORS; v++) store(to + n * R + v * W, sums[n][v]);
+}
+
+template <class C, int VECTORS>
+void lanes_product_vectors(int64_t R, int64_t N, int64_t K, const C *w, int64_t row, int64_t depth, const C *bias,
+                           const C *h, C *to, bool add) {
+    constexpr int ROWS = (MICRO_VECTORS > 2 ? 16 : 8) / VECTORS;  // as many sums at once as registers hold
     int64_t n = 0;
     auto some = [&](auto rows) {
-        lanes_product_rows<C, rows, R>(K, w + n * row, row, depth, bias ? bias + n : nullptr, h, to + n * R, add);
+        lanes_micro_product<C, rows, VECTORS>(R, K, w + n * row, row, depth, bias ? bias + n : nullptr, h, to + n * R, add);
         n += rows;
     };
+    while (N - n >= ROWS) some(std::integral_constant<int, ROWS>());
     while (N - n >= 4) some(std::integral_constant<int, 4>());
     if (N - n == 3) some(std::integral_constant<int, 3>());
     if (N - n == 2) some(std::integral_constant<int, 2>());
     if (N - n == 1) some(std::integral_constant<int, 1>());
+}
+
+template <class C>
+void lanes_product(int64_t R, int64_t N, int64_t K, const C *w, int64_t row, int64_t depth, const C *bias, const C *h,
+                   C *to, bool add) {
+    constexpr int W = LANES<C>, MOST = MICRO_VECTORS > 2 ? 4 : 2;
+    int64_t r = 0;
+    auto some = [&](auto vectors) {
+        lanes_product_vectors<C, vectors>(R, N, K, w, row, depth, bias, h + r, to + r, add);
+        r += vectors * W;
+    };
+    while (R - r >= MOST * W) some(std::integral_constant<int, MOST>());
+    while (MOST > 2 && R - r >= 2 * W) some(std::integral_constant<int, 2>());
+    while (R - r >= W) some(std::integral_constant<int, 1>());
 }
 
 // Parameters as the lanes read them, in C: as they lie, or converted.
@@ -133,57 +164,85 @@ std::vector<LaneLayer<Compute<T>>> lane_layers(const Call &call, LaneParameters<
     return layers;
 }
 
-// to [columns][R] = from [R][COLUMNS], or back: a number of columns that the compiler knows becomes shuffles of vectors.
-template <class T, int R, int COLUMNS>
-void turn_columns(const T *__restrict from, Compute<T> *__restrict to) {
-    for (int k = 0; k < COLUMNS; k++)
-        for (int r = 0; r < R; r++) to[k * R + r] = wide(from[r * COLUMNS + k]);
+// to [columns][R] = from [R][COLUMNS]: a number of columns that the compiler knows becomes shuffles of vectors.
+constexpr int TURNED = 16;  // rows at a time
+template <class T, int COLUMNS>
+void turn_columns(int64_t R, const T *__restrict from, Compute<T> *__restrict to) {
+    for (int64_t first = 0; first < R; first += TURNED, from += TURNED * COLUMNS, to += TURNED)
+        for (int k = 0; k < COLUMNS; k++)
+            for (int r = 0; r < TURNED; r++) to[k * R + r] = wide(from[r * COLUMNS + k]);
 }
 
 // Rows of a matrix, feature by feature; lanes past the last row are zero.
-template <class T, int R>
-void to_lanes(const T *from, int64_t ld, int64_t count, int64_t columns, Compute<T> *to) {
-    if (count == R && ld == columns) switch (columns) {
-            case 1: return turn_columns<T, R, 1>(from, to);
-            case 2: return turn_columns<T, R, 2>(from, to);
-            case 3: return turn_columns<T, R, 3>(from, to);
-            case 4: return turn_columns<T, R, 4>(from, to);
+template <class T>
+void to_lanes(int64_t R, const T *from, int64_t ld, int64_t count, int64_t columns, Compute<T> *to) {
+    if (count == R && R % TURNED == 0 && ld == columns) switch (columns) {
+            case 1: return turn_columns<T, 1>(R, from, to);
+            case 2: return turn_columns<T, 2>(R, from, to);
+            case 3: return turn_columns<T, 3>(R, from, to);
+            case 4: return turn_columns<T, 4>(R, from, to);
             default: break;
         }
     if (count < R) std::fill(to, to + columns * R, Compute<T>(0));
-    for (int64_t k = 0; k < columns; k++)
-        for (int64_t r = 0; r < count; r++) to[k * R + r] = wide(from[r * ld + k]);
+    if constexpr (std::is_same_v<T, Compute<T>>) {
+        transpose<T>(from, ld, count, columns, to, R);
+    } else {
+        for (int64_t k = 0; k < columns; k++)
+            for (int64_t r = 0; r < count; r++) to[k * R + r] = wide(from[r * ld + k]);
+    }
 }
 
-template <class T, int R>
-void from_lanes(const Compute<T> *__restrict from, int64_t count, int64_t columns, T *__restrict to) {
+template <class T>
+void from_lanes(int64_t R, const Compute<T> *__restrict from, int64_t count, int64_t columns, T *__restrict to) {
     if (columns == 1) {
         for (int64_t r = 0; r < count; r++) to[r] = narrow<T>(from[r]);
         return;
     }
-    for (int64_t k = 0; k < columns; k++)
-        for (int64_t r = 0; r < count; r++) to[r * columns + k] = narrow<T>(from[k * R + r]);
+    if constexpr (std::is_same_v<T, Compute<T>>) {
+        transpose<T>(from, R, columns, count, to, columns);
+    } else {
+        for (int64_t k = 0; k < columns; k++)
+            for (int64_t r = 0; r < count; r++) to[r * columns + k] = narrow<T>(from[k * R + r]);
+    }
 }
 
 // values [N][R] = 0 in the lanes of dropped rows, whatever stood there
-template <class C, int R>
-void drop_lanes(const Layer &layer, int64_t first_row, C *values) {
-    for (int r = 0; r < R; r++)
+template <class C>
+void drop_lanes(int64_t R, const Layer &layer, int64_t first_row, C *values) {
+    for (int64_t r = 0; r < R; r++)
         if (!is_kept(layer, first_row + r))
             for (int64_t n = 0; n < layer.N; n++) values[n * R + r] = 0;
 }
 
 // What one block of rows needs: arrays [width][R], none a multiple of 4 KiB after another, where loads would wait for stores.
-template <class C, int R>
-struct LaneMemory {
-    static constexpr int64_t SIZE = WIDEST_LANES * R + 3 * LANES<C>;
-    alignas(64) C x[SIZE], h[2][SIZE], z[SIZE], skip[SIZE], none[SIZE];
+template <class C>
+class LaneMemory {
+  public:
+    LaneMemory(const Call &call, int arrays)
+        : size_(widest(call) * lane_rows<C>(call) + 3 * LANES<C>), memory_((6 + arrays) * size_), next_(memory_.get()) {
+        for (C **array : {&x, &h[0], &h[1], &z, &skip, &none}) *array = take();
+        std::fill(none, none + size_, C(0));
+    }
+    C *take() { return std::exchange(next_, next_ + size_); }
+
+  private:
+    int64_t size_;
+    Buffer<C> memory_;
+    C *next_;
+
+  public:
+    C *x, *h[2], *z, *skip, *none;
 };
 
+template <class C>
+inline void prefetch(const C *from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(from + i);
+}
+
 // All layers of a block whose x is in memory.x; returns y [N][R]. kept: arrays [.][R] at the layout's slots, or null.
-template <class C, int R>
-C *forward_lanes_block(const Call &call, const LaneLayer<C> *parameters, const KeptLayout<C> *layout, int64_t first_row,
-                       LaneMemory<C, R> &memory, C *kept) {
+template <class C>
+C *forward_lanes_block(const Call &call, int64_t R, const LaneLayer<C> *parameters, const KeptLayout<C> *layout,
+                       int64_t first_row, const LaneMemory<C> &memory, C *kept) {
     const C *h = memory.x;
     C *y = nullptr;
     for (int64_t l = 0; l < call.depth; l++) {
@@ -193,13 +252,13 @@ C *forward_lanes_block(const Call &call, const LaneLayer<C> *parameters, const K
         y = kept && l + 1 < call.depth ? slot((*layout)[l + 1].input) : memory.h[l % 2];
         C *slope = kept ? slot((*layout)[l].slope) : nullptr;
 
-        lanes_product<C, R>(layer.N, layer.K, given.weight, layer.K, 1, given.bias, h, memory.z, false);
+        lanes_product<C>(R, layer.N, layer.K, given.weight, layer.K, 1, given.bias, h, memory.z, false);
         const C *s = memory.none;
         if (layer.skip == Skip::identity) s = h;
         if (layer.skip == Skip::residual) s = memory.skip;
         if (layer.skip == Skip::projection) {
             C *skip = kept && (*layout)[l].skip >= 0 ? slot((*layout)[l].skip) : memory.skip;
-            lanes_product<C, R>(layer.N, layer.K, given.projection, layer.K, 1, given.projection_bias, h, skip, false);
+            lanes_product<C>(R, layer.N, layer.K, given.projection, layer.K, 1, given.projection_bias, h, skip, false);
             s = skip;
         }
         const bool drops = layer.drop_threshold != 0, is_post = layer.activates_sum();
@@ -207,9 +266,9 @@ C *forward_lanes_block(const Call &call, const LaneLayer<C> *parameters, const K
         if (C *branch = kept ? slot((*layout)[l].branch) : nullptr) {
             lanes_finish_of<C>(is_post ? Activation::none : layer.activation, false, false)(
                 layer.N * R, memory.z, memory.none, C(0), unit, branch, nullptr);
-            if (drops) drop_lanes<C, R>(layer, first_row, branch);
+            if (drops) drop_lanes<C>(R, layer, first_row, branch);
         }
-        if (drops && is_post) drop_lanes<C, R>(layer, first_row, memory.z);
+        if (drops && is_post) drop_lanes<C>(R, layer, first_row, memory.z);
         const LanesFinish<C> finish = lanes_finish_of<C>(layer.activation, layer.is_post, slope != nullptr);
         if (!given.channel)
             finish(layer.N * R, memory.z, s, lambda, C(layer.branch_scale) * unit, y, slope);
@@ -218,7 +277,7 @@ C *forward_lanes_block(const Call &call, const LaneLayer<C> *parameters, const K
                 finish(R, memory.z + n * R, s + n * R, lambda, given.channel[n] * unit, y + n * R,
                        slope ? slope + n * R : nullptr);
         if (drops && !is_post) {
-            for (int r = 0; r < R; r++)
+            for (int64_t r = 0; r < R; r++)
                 if (!is_kept(layer, first_row + r))
                     for (int64_t n = 0; n < layer.N; n++) {
                         y[n * R + r] = lambda * s[n * R + r];
@@ -230,33 +289,32 @@ C *forward_lanes_block(const Call &call, const LaneLayer<C> *parameters, const K
     return y;
 }
 
-template <class T, int R>
-void load_block(const Call &call, const Rows &rows, LaneMemory<Compute<T>, R> &memory) {
-    std::fill(std::begin(memory.none), std::end(memory.none), Compute<T>(0));
-    to_lanes<T, R>(static_cast<const T *>(call.x) + rows.first * call.ldx, call.ldx, rows.count, call.layers[0].K,
-                   memory.x);
+template <class T>
+void load_block(const Call &call, const Rows &rows, const LaneMemory<Compute<T>> &memory) {
+    to_lanes<T>(rows.padded, static_cast<const T *>(call.x) + rows.first * call.ldx, call.ldx, rows.count,
+                call.layers[0].K, memory.x);
     if (call.residual)
-        to_lanes<T, R>(static_cast<const T *>(call.residual) + rows.first * call.ldr, call.ldr, rows.count,
-                       call.layers[0].N, memory.skip);
+        to_lanes<T>(rows.padded, static_cast<const T *>(call.residual) + rows.first * call.ldr, call.ldr, rows.count,
+                    call.layers[0].N, memory.skip);
 }
 
-template <class T, int R>
+template <class T>
 void forward_lanes(const Call &call, T *y, Compute<T> *kept) {
     using C = Compute<T>;
-    const int64_t blocks = (call.M + R - 1) / R, N = call.layers[call.depth - 1].N;
+    const int64_t R = lane_rows<C>(call), blocks = (call.M + R - 1) / R, N = call.layers[call.depth - 1].N;
     LaneParameters<T> numbers(call);
     const auto parameters = lane_layers<T>(call, numbers);
     const std::optional<KeptLayout<C>> layout = kept ? std::optional<KeptLayout<C>>(call) : std::nullopt;
     together(int(std::min<int64_t>(call.threads, blocks)), [&](const Team &team) {
-        LaneMemory<C, R> memory;
+        const LaneMemory<C> memory(call, 0);
         Team::Share share = team.share(blocks);
         for (int64_t b = share.first; b < share.last; b++) {
-            const Rows rows{b * R, std::min<int64_t>(R, call.M - b * R), R};
-            load_block<T, R>(call, rows, memory);
+            const Rows rows{b * R, std::min(R, call.M - b * R), R};
+            load_block<T>(call, rows, memory);
             C *block = kept ? kept + b * R * layout->row_elements() : nullptr;
-            const C *out =
-                forward_lanes_block<C, R>(call, parameters.data(), layout ? &*layout : nullptr, call.first_row + rows.first, memory, block);
-            from_lanes<T, R>(out, rows.count, N, y + rows.first * N);
+            const C *out = forward_lanes_block<C>(call, R, parameters.data(), layout ? &*layout : nullptr,
+                                                  call.first_row + rows.first, memory, block);
+            from_lanes<T>(R, out, rows.count, N, y + rows.first * N);
         }
     });
 }

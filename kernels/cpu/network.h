@@ -16,9 +16,9 @@ enum class Skip : int64_t { none, identity, residual, projection };
 
 // How the work is cut (`fusedres/dispatch.py` chooses).
 enum class Way : int64_t {
-    lanes,   // widths below 16: SIMD lanes are rows, blocks of rows go through all layers
+    lanes,   // widths up to about 128: SIMD lanes are rows, blocks of rows go through all layers
     dots,    // few rows: dot products with the rows of W as they lie
-    blocks,  // widths up to about 128: blocks of rows go through all layers, one product per layer
+    blocks,  // the same with rows as they lie: a few layers of whole vectors, and bfloat16
     layers,  // wider: layer by layer, the epilogue on each panel while it is in cache
 };
 

@@ -64,6 +64,7 @@ struct Network {
         const int64_t *words = plan.const_data_ptr<int64_t>();
         const int64_t *seed = seeds ? seeds->const_data_ptr<int64_t>() : nullptr;
         for (size_t l = 0; l < layers.size(); l++, words += WORDS) {
+            if (l + AHEAD < layers.size()) prefetch(words + AHEAD * WORDS, parameters);
             Layer &layer = layers[l];
             layer = {};
             layer.N = words[N], layer.K = words[K];
@@ -119,6 +120,16 @@ struct Network {
             layer.dbranch_scale = gradient(LEARNED_BRANCH_SCALE, layer.channel_scale ? layer.N : 1);
             layer.keeps_branch = is_required(LEARNED_BRANCH_SCALE);
             layer.keeps_skip = is_required(LEARNED_SKIP_SCALE);
+        }
+    }
+
+    // What a deep network's tensors say of themselves is spread over more memory than its weights take.
+    static constexpr size_t AHEAD = 4;
+    static void prefetch(const int64_t *words, at::TensorList parameters) {
+        for (const Slot slot : {WEIGHT, BIAS}) {
+            if (words[SLOTS + slot] < 0) continue;
+            const char *tensor = reinterpret_cast<const char *>(parameters[size_t(words[SLOTS + slot])].unsafeGetTensorImpl());
+            for (size_t i = 0; i < sizeof(c10::TensorImpl); i += 64) __builtin_prefetch(tensor + i);
         }
     }
 
