@@ -126,9 +126,9 @@ struct Network {
     // What a deep network's tensors say of themselves is spread over more memory than its weights take.
     static constexpr size_t AHEAD = 4;
     static void prefetch(const int64_t *words, at::TensorList parameters) {
-        for (const Slot slot : {WEIGHT, BIAS}) {
-            if (words[SLOTS + slot] < 0) continue;
-            const char *tensor = reinterpret_cast<const char *>(parameters[size_t(words[SLOTS + slot])].unsafeGetTensorImpl());
+        for (const int64_t slot : {words[int(SLOTS) + WEIGHT], words[int(SLOTS) + BIAS]}) {
+            if (slot < 0) continue;
+            const auto *tensor = reinterpret_cast<const char *>(parameters[size_t(slot)].unsafeGetTensorImpl());
             for (size_t i = 0; i < sizeof(c10::TensorImpl); i += 64) __builtin_prefetch(tensor + i);
         }
     }
