@@ -17,36 +17,50 @@ int64_t lane_rows(const Call &call) {
     return call.M <= 32 ? 16 : call.M <= 256 ? 32 : MOST_LANES;
 }
 
-// to [ROWS][R] = add + Σ_k w(n, k) h[k], in VECTORS vectors of lanes; w(n, k) lies at n * row + k * depth.
-template <class C, int ROWS, int VECTORS>
-void lanes_micro_product(int64_t R, int64_t K, const C *w, int64_t row, int64_t depth, const C *bias, const C *h, C *to,
-                         bool add) {
-    constexpr int W = LANES<C>;
-    Vector<C> sums[ROWS][VECTORS], lanes[VECTORS];
-    for (int n = 0; n < ROWS; n++)
-        for (int v = 0; v < VECTORS; v++)
-            sums[n][v] = add ? load(to + n * R + v * W) : Vector<C>{} + (bias ? bias[n] : C(0));
-    for (int64_t k = 0; k < K; k++) {
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) lanes[v] = load(h + k * R + v * W);
-#pragma GCC unroll 16
-        for (int n = 0; n < ROWS; n++) {
-            const C weight = w[n * row + k * depth];
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) sums[n][v] += weight * lanes[v];
-        }
-    }
-    for (int n = 0; n < ROWS; n++)
-        for (int v = 0; v < VECTORS; v++) store(to + n * R + v * W, sums[n][v]);
+// work(R), which the compiler knows where R is the most.
+template <class C, class Work>
+auto with_lanes(int64_t R, const Work &work) {
+    if constexpr (sizeof(C) == 4)
+        if (R == MOST_LANES) return work(std::integral_constant<int64_t, MOST_LANES>());
+    return work(R);
 }
 
-template <class C, int VECTORS>
-void lanes_product_vectors(int64_t R, int64_t N, int64_t K, const C *w, int64_t row, int64_t depth, const C *bias,
-                           const C *h, C *to, bool add) {
+// to [ROWS][R] = add + Σ_k w(n, k) h[k], VECTORS vectors of lanes at a time; w(n, k) lies at n * row + k * depth. Terms are
+// summed before they meet what they are added to, which is larger.
+template <class C, int ROWS, int VECTORS, class Lanes>
+inline void lanes_product_rows(Lanes lanes, Lanes R, int64_t K, const C *w, int64_t row, int64_t depth, const C *bias,
+                        const C *h, C *to, bool add) {
+    constexpr int W = LANES<C>;
+    for (int64_t r = 0; r < lanes; r += VECTORS * W) {
+        Vector<C> sums[ROWS][VECTORS], lane[VECTORS];
+        for (int n = 0; n < ROWS; n++)
+            for (int v = 0; v < VECTORS; v++) sums[n][v] = Vector<C>{} + (bias ? bias[n] : C(0));
+        for (int64_t k = 0; k < K; k++) {
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) lane[v] = load(h + k * R + r + v * W);
+#pragma GCC unroll 16
+            for (int n = 0; n < ROWS; n++) {
+                const C weight = w[n * row + k * depth];
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) sums[n][v] += weight * lane[v];
+            }
+        }
+        for (int n = 0; n < ROWS; n++)
+            for (int v = 0; v < VECTORS; v++) {
+                C *at = to + n * R + r + v * W;
+                store(at, add ? load(at) + sums[n][v] : sums[n][v]);
+            }
+    }
+}
+
+template <class C, int VECTORS, class Lanes>
+void lanes_product_columns(Lanes lanes, Lanes R, int64_t N, int64_t K, const C *w, int64_t row, int64_t depth,
+                           const C *bias, const C *h, C *to, bool add) {
     constexpr int ROWS = (MICRO_VECTORS > 2 ? 16 : 8) / VECTORS;  // as many sums at once as registers hold
     int64_t n = 0;
     auto some = [&](auto rows) {
-        lanes_micro_product<C, rows, VECTORS>(R, K, w + n * row, row, depth, bias ? bias + n : nullptr, h, to + n * R, add);
+        lanes_product_rows<C, rows, VECTORS>(lanes, R, K, w + n * row, row, depth, bias ? bias + n : nullptr, h, to + n * R,
+                                             add);
         n += rows;
     };
     while (N - n >= ROWS) some(std::integral_constant<int, ROWS>());
@@ -56,18 +70,21 @@ void lanes_product_vectors(int64_t R, int64_t N, int64_t K, const C *w, int64_t 
     if (N - n == 1) some(std::integral_constant<int, 1>());
 }
 
-template <class C>
-void lanes_product(int64_t R, int64_t N, int64_t K, const C *w, int64_t row, int64_t depth, const C *bias, const C *h,
+template <class C, class Lanes>
+void lanes_product(Lanes R, int64_t N, int64_t K, const C *w, int64_t row, int64_t depth, const C *bias, const C *h,
                    C *to, bool add) {
     constexpr int W = LANES<C>, MOST = MICRO_VECTORS > 2 ? 4 : 2;
     int64_t r = 0;
     auto some = [&](auto vectors) {
-        lanes_product_vectors<C, vectors>(R, N, K, w, row, depth, bias, h + r, to + r, add);
-        r += vectors * W;
+        const int64_t lanes = (R - r) / (vectors * W) * (vectors * W);
+        if (lanes) lanes_product_columns<C, vectors, int64_t>(lanes, R, N, K, w, row, depth, bias, h + r, to + r, add);
+        r += lanes;
     };
-    while (R - r >= MOST * W) some(std::integral_constant<int, MOST>());
-    while (MOST > 2 && R - r >= 2 * W) some(std::integral_constant<int, 2>());
-    while (R - r >= W) some(std::integral_constant<int, 1>());
+    if (N <= 4)  // fewer instructions one vector at a time
+        return lanes_product_columns<C, 1>(R, R, N, K, w, row, depth, bias, h, to, add);
+    some(std::integral_constant<int, MOST>());
+    if (MOST > 2) some(std::integral_constant<int, 2>());
+    some(std::integral_constant<int, 1>());
 }
 
 // Parameters as the lanes read them, in C: as they lie, or converted.
@@ -240,8 +257,8 @@ inline void prefetch(const C *from, int64_t count) {
 }
 
 // All layers of a block whose x is in memory.x; returns y [N][R]. kept: arrays [.][R] at the layout's slots, or null.
-template <class C>
-C *forward_lanes_block(const Call &call, int64_t R, const LaneLayer<C> *parameters, const KeptLayout<C> *layout,
+template <class C, class Lanes>
+C *forward_lanes_block(const Call &call, Lanes R, const LaneLayer<C> *parameters, const KeptLayout<C> *layout,
                        int64_t first_row, const LaneMemory<C> &memory, C *kept) {
     const C *h = memory.x;
     C *y = nullptr;
@@ -312,8 +329,10 @@ void forward_lanes(const Call &call, T *y, Compute<T> *kept) {
             const Rows rows{b * R, std::min(R, call.M - b * R), R};
             load_block<T>(call, rows, memory);
             C *block = kept ? kept + b * R * layout->row_elements() : nullptr;
-            const C *out = forward_lanes_block<C>(call, R, parameters.data(), layout ? &*layout : nullptr,
-                                                  call.first_row + rows.first, memory, block);
+            const C *out = with_lanes<C>(R, [&](auto R) {
+                return forward_lanes_block<C>(call, R, parameters.data(), layout ? &*layout : nullptr,
+                                              call.first_row + rows.first, memory, block);
+            });
             from_lanes<T>(R, out, rows.count, N, y + rows.first * N);
         }
     });

@@ -81,8 +81,8 @@ class LaneGradients {
 constexpr int64_t SETTLE_EVERY = 64;  // blocks: a lane adds up few enough terms to keep its digits
 
 // sums[i] += Σ_r a[r] b[i][r], lane by lane
-template <class C>
-inline void lane_dots(int64_t R, int64_t count, const C *a, const C *b, C *sums) {
+template <class C, class Lanes>
+inline void lane_dots(Lanes R, int64_t count, const C *a, const C *b, C *sums) {
     constexpr int W = LANES<C>;
     for (int64_t i = 0; i < count; i++) {
         Vector<C> sum = load(sums + i * W);
@@ -91,8 +91,8 @@ inline void lane_dots(int64_t R, int64_t count, const C *a, const C *b, C *sums)
     }
 }
 
-template <class C>
-inline void lane_sums(int64_t R, int64_t count, const C *a, C *sums) {
+template <class C, class Lanes>
+inline void lane_sums(Lanes R, int64_t count, const C *a, C *sums) {
     constexpr int W = LANES<C>;
     for (int64_t i = 0; i < count; i++) {
         Vector<C> sum = load(sums + i * W);
@@ -112,8 +112,8 @@ void lanes_weight_gradient(int64_t R, const Layer &layer, const C *dz, const C *
 }
 
 // From g [N][R] of the last layer down to dx [K][R], which is returned; `g` and `dh` are scratch in turn.
-template <class T, class C = Compute<T>>
-C *backward_lanes_block(const Call &call, int64_t R, const LaneLayer<C> *parameters, const KeptLayout<C> &layout,
+template <class T, class Lanes, class C = Compute<T>>
+C *backward_lanes_block(const Call &call, Lanes R, const LaneLayer<C> *parameters, const KeptLayout<C> &layout,
                         int64_t first_row, const LaneMemory<C> &memory, const C *kept, LaneGradients<T> &sums, C *g, C *dh,
                         C *dz, C *turned, C *dresidual, bool wants_dx) {
     constexpr int W = LANES<C>;
@@ -141,7 +141,7 @@ C *backward_lanes_block(const Call &call, int64_t R, const LaneLayer<C> *paramet
             for (int64_t r = 0; r < R; r++) stays[r] = is_kept(layer, first_row + r);
         for (int64_t n = 0; n < N; n++) {
             const C scale = (given.channel ? given.channel[n] : C(layer.branch_scale)) * unit;
-            Vector<C> total = {};
+            Vector<C> total = {}, row[MOST_LANES / W];
             for (int64_t r = 0; r < R; r += W) {
                 const int64_t i = n * R + r;
                 const Vector<C> gradient = load(g + i);
@@ -151,11 +151,18 @@ C *backward_lanes_block(const Call &call, int64_t R, const LaneLayer<C> *paramet
                 if (is_identity && wants_dh) store(dh + i, lambda * gradient);
                 store(dz + i, lane);
                 total += lane;
+                row[r / W] = lane;
             }
             if (C *to = lanes(at.dbias >= 0 ? at.dbias + n : -1)) store(to, load(to) + total);
+            for (int64_t k = 0; at.dweight >= 0 && k < K; k++) {
+                C *to = sums.at(at.dweight + n * K + k);
+                Vector<C> sum = load(to);
+                for (int64_t r = 0; r < R; r += W) sum += row[r / W] * load(h + k * R + r);
+                store(to, sum);
+            }
         }
         if (at.weight || at.projection) transpose<C>(h, R, K, R, turned, rounded_up(K, W));
-        lanes_weight_gradient<C>(R, layer, dz, h, lanes(at.dweight), at.weight, turned, !sums.is_empty);
+        lanes_weight_gradient<C>(R, layer, dz, h, nullptr, at.weight, turned, !sums.is_empty);  // small ones are done
         if (at.dbranch >= 0)
             for (int64_t n = 0; n < N; n++)
                 lane_dots<C>(R, 1, g + n * R, slot(layout[l].branch) + n * R, sums.at(at.dbranch + n));
@@ -230,11 +237,15 @@ void backward_lanes(const Call &call, const T *g, int64_t ldg, const Compute<T> 
             const int64_t first_row = call.first_row + rows.first;
             load_block<T>(call, rows, memory);
             const C *block = kept ? kept + b * R * layout.row_elements() : recomputed.get();
-            if (!kept) forward_lanes_block<C>(call, R, parameters.data(), &layout, first_row, memory, recomputed.get());
+            if (!kept)
+                with_lanes<C>(R, [&](auto R) {
+                    return forward_lanes_block<C>(call, R, parameters.data(), &layout, first_row, memory, recomputed.get());
+                });
             to_lanes<T>(R, g + rows.first * ldg, ldg, rows.count, N, turns[0]);
-            const C *found = backward_lanes_block<T>(call, R, parameters.data(), layout, first_row, memory, block, mine,
-                                                     turns[0], turns[1], turns[2], turned.get(),
-                                                     dresidual ? turns[3] : nullptr, dx != nullptr);
+            const C *found = with_lanes<C>(R, [&](auto R) {
+                return backward_lanes_block<T>(call, R, parameters.data(), layout, first_row, memory, block, mine, turns[0],
+                                               turns[1], turns[2], turned.get(), dresidual ? turns[3] : nullptr, dx != nullptr);
+            });
             if (dx) from_lanes<T>(R, found, rows.count, K, dx + rows.first * K);
             if (dresidual) from_lanes<T>(R, turns[3], rows.count, N, dresidual + rows.first * N);
             if ((b - share.first) % SETTLE_EVERY == SETTLE_EVERY - 1) mine.settle();

@@ -32,9 +32,7 @@ template <class C, int ROWS, int VECTORS>
 inline void micro_product(int64_t K, const C *A, int64_t a_row, int64_t a_depth, const C *B, int64_t ldb, C *to,
                           int64_t ldc, bool add) {
     constexpr int W = LANES<C>;
-    Vector<C> sums[ROWS][VECTORS];
-    for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < VECTORS; j++) sums[i][j] = add ? load(to + i * ldc + j * W) : Vector<C>{};
+    Vector<C> sums[ROWS][VECTORS] = {};
     for (int64_t k = 0; k < K; k++) {
         Vector<C> b[VECTORS];
 #pragma GCC unroll 8
@@ -47,7 +45,10 @@ inline void micro_product(int64_t K, const C *A, int64_t a_row, int64_t a_depth,
         }
     }
     for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < VECTORS; j++) store(to + i * ldc + j * W, sums[i][j]);
+        for (int j = 0; j < VECTORS; j++) {
+            C *at = to + i * ldc + j * W;
+            store(at, add ? load(at) + sums[i][j] : sums[i][j]);
+        }
 }
 
 template <class C, int VECTORS>
