@@ -117,6 +117,15 @@ def test_the_seconds_of_a_first_call():
     assert parts["first call"] < 5, "found, not built"
 
 
+@pytest.mark.parametrize(("roundings", "is_wrong"), [(1, False), (4, True)])
+def test_a_single_number_may_be_a_rounding_off(roundings, is_wrong):
+    """Eager may have it exactly, and there is no mean."""
+    own = {"y": torch.ones(20), "weight 0": torch.ones(1, 1)}
+    answer = own | {"weight 0": torch.ones(1, 1) + roundings * torch.finfo(torch.float32).eps}
+    exact = {name: tensor.double() for name, tensor in own.items()}
+    assert bool(opponents.wrong(opponents.errors(answer, own, exact, depth=1))) == is_wrong
+
+
 @pytest.mark.parametrize("kind", PASSES)
 def test_a_wrong_answer_is_found(kind):
     contest = Contest(SMALL, kind)
