@@ -114,6 +114,22 @@ def test_two_runs_give_the_same_bits(way, threads, monkeypatch):
     assert_close(first, second, **SAME_BITS)
 
 
+@pytest.mark.parametrize("width", [3, 40, 127])
+def test_a_learned_scale_sums_many_numbers_exactly(width):
+    """All terms are of one sign: a sum that takes them one by one would be rounded by its own size each time."""
+    x, g = torch.rand(20_000, width), torch.rand(20_000, width)
+    weights, lams = (
+        [torch.randn(width, width) / 20 for _ in range(2)],
+        [torch.ones((), requires_grad=True) for _ in range(2)],
+    )
+
+    def gradients(dtype: torch.dtype) -> Tensor:
+        network = Network([w.to(dtype) for w in weights], skip_scale=(scales := [lam.to(dtype) for lam in lams]))
+        return torch.stack(torch.autograd.grad(network(x.to(dtype)), scales, g.to(dtype)))
+
+    assert_close(gradients(torch.float32).double(), gradients(torch.float64), rtol=1.5e-7, atol=0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("what", ["x", "g", "weight", "bias", "projection_weight", "branch_scale"])
 @pytest.mark.parametrize("sizes", [(3, 5, 5), (33, 40, 40), (32, 48, 48), (33, 140, 140)], ids=str)

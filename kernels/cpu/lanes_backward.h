@@ -170,7 +170,9 @@ C *backward_lanes_block(const Call &call, Lanes R, const LaneLayer<C> *parameter
             const C *s = layer.skip == Skip::projection ? slot(layout[l].skip)
                          : layer.skip == Skip::residual ? memory.skip
                                                         : h;
-            for (int64_t n = 0; n < N; n++) lane_dots<C>(R, 1, g + n * R, s + n * R, sums.at(at.dskip));
+            Vector<C> total = {};  // of this block, before it meets the sum of all
+            for (int64_t i = 0; i < N * R; i += W) total += load(g + i) * load(s + i);
+            store(sums.at(at.dskip), load(sums.at(at.dskip)) + total);
         }
 
         if (wants_dh) lanes_product<C>(R, K, N, given.weight, 1, K, nullptr, dz, dh, is_identity);
