@@ -53,7 +53,8 @@ SINGLE = Rule(max_error=4.0, rms_error=2.0)
 # the other in the interpreter and in C++: k terms near one then err by about k eps / √8, three times √k eps at k = 64.
 SINGLE_SUM = Rule(max_error=8.0, rms_error=6.0)
 
-# Double precision: the truth is itself rounded as eager is, so that eager's own error comes on top.
+# Double precision: the truth is itself rounded as eager is, so that eager's own error comes on top. A weight's gradient
+# is a sum over rows here too: of 512 rows PyTorch's, the truth, was 6 times as far from 40 digits as ours.
 DOUBLE, DOUBLE_SUM = Rule(max_error=5.0, rms_error=3.0), Rule(max_error=9.0, rms_error=7.0)
 
 SUMS = ("dbias", "dprojection_bias", "dskip_scale", "dbranch_scale")
@@ -62,7 +63,7 @@ SUMS = ("dbias", "dprojection_bias", "dskip_scale", "dbranch_scale")
 def rule_for(dtype: torch.dtype, name: str) -> Rule:
     """The rule for this output, or gradient d..., of a layer in this dtype."""
     if dtype == torch.float64:
-        return DOUBLE_SUM if name in SUMS else DOUBLE
+        return DOUBLE_SUM if name in (*SUMS, "dweight", "dprojection_weight") else DOUBLE
     if dtype == torch.float32:
         return SINGLE_SUM if name in SUMS else SINGLE
     return HALF
