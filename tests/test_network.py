@@ -114,6 +114,17 @@ def test_two_runs_give_the_same_bits(way, threads, monkeypatch):
     assert_close(first, second, **SAME_BITS)
 
 
+@pytest.mark.parametrize("width", [13, 100])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bias_is_added_to_a_sum_that_is_complete(way, width, monkeypatch):
+    """Each term of a sum that began with a large bias would be rounded as if it were as large."""
+    forced(monkeypatch, way)
+    x, weight, bias = torch.randn(8, width), torch.randn(width, width) / width**0.5, torch.full((width,), 100.0)
+    y = Network([weight], [bias], activation="none", skip=None)(x)
+    truth = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert_close(y.double(), truth, rtol=torch.finfo(torch.float32).eps, atol=0)
+
+
 @pytest.mark.parametrize("width", [3, 40, 127])
 def test_a_learned_scale_sums_many_numbers_exactly(width):
     """All terms are of one sign: a sum that takes them one by one would be rounded by its own size each time."""

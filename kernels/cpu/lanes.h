@@ -34,7 +34,7 @@ inline void lanes_product_rows(Lanes lanes, Lanes R, int64_t K, const C *w, int6
     for (int64_t r = 0; r < lanes; r += VECTORS * W) {
         Vector<C> sums[ROWS][VECTORS], lane[VECTORS];
         for (int n = 0; n < ROWS; n++)
-            for (int v = 0; v < VECTORS; v++) sums[n][v] = Vector<C>{} + (bias ? bias[n] : C(0));
+            for (int v = 0; v < VECTORS; v++) sums[n][v] = Vector<C>{};
         for (int64_t k = 0; k < K; k++) {
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) lane[v] = load(h + k * R + r + v * W);
@@ -45,11 +45,13 @@ inline void lanes_product_rows(Lanes lanes, Lanes R, int64_t K, const C *w, int6
                 for (int v = 0; v < VECTORS; v++) sums[n][v] += weight * lane[v];
             }
         }
-        for (int n = 0; n < ROWS; n++)
+        for (int n = 0; n < ROWS; n++) {
+            const C first = bias ? bias[n] : C(0);
             for (int v = 0; v < VECTORS; v++) {
                 C *at = to + n * R + r + v * W;
-                store(at, add ? load(at) + sums[n][v] : sums[n][v]);
+                store(at, add ? load(at) + sums[n][v] : first + sums[n][v]);
             }
+        }
     }
 }
 
