@@ -14,7 +14,7 @@ import pytest
 import torch
 from networks import NETWORKS, SAME_BITS, SINGLE, Case, Module, is_one_node, operator_arguments, outcome
 from test_operator import LAYOUTS, Log
-from tolerances import rule_for
+from tolerances import Rule, rule_for
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -28,7 +28,7 @@ from fusedres.studies.networks import FusedProjectionStack, FusedShapeGatedStack
 pytestmark = pytest.mark.usefixtures("engine")
 
 
-def check(case: Case, layout: Callable[[str, Tensor], Tensor] = lambda name, t: t) -> None:
+def check(case: Case, layout: Callable[[str, Tensor], Tensor] = lambda name, t: t, rule: Rule | None = None) -> None:
     """The network is as near to float64 as its layers in eager PyTorch are, in y and in every gradient."""
     tensors = case.tensors()
     wide = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
@@ -42,7 +42,7 @@ def check(case: Case, layout: Callable[[str, Tensor], Tensor] = lambda name, t: 
     for name in truth:
         kind = name.partition(".")[0]
         terms = max(1.0, truth["y"].numel() / max(truth[name].numel(), 1)) / (1 - case.drop_path)
-        rule_for(case.dtype, kind).check(name, fused[name], eager[name], truth[name], terms)
+        (rule or rule_for(case.dtype, kind)).check(name, fused[name], eager[name], truth[name], terms)
 
 
 def forced(monkeypatch, name: str) -> None:
