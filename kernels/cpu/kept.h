@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
+#include "memory.h"
 #include "network.h"
 #include "product.h"
 
@@ -17,17 +17,17 @@ struct Slots {
 template <class T>
 class KeptLayout {
   public:
-    explicit KeptLayout(const Call &call) : slots_(size_t(call.depth)) {
+    explicit KeptLayout(const Call &call) : slots_(call.depth) {
         for (int64_t l = 0; l < call.depth; l++) {
             const Layer &layer = call.layers[l];
-            Slots &slots = slots_[size_t(l)];
+            Slots &slots = slots_[l] = {};
             if (l > 0) slots.input = take(layer.K);
             if (layer.activation != Activation::none) slots.slope = take(layer.N);
             if (layer.keeps_branch) slots.branch = take(layer.N);
             if (layer.keeps_skip && layer.skip == Skip::projection) slots.skip = take(layer.N);
         }
     }
-    const Slots &operator[](int64_t l) const { return slots_[size_t(l)]; }
+    const Slots &operator[](int64_t l) const { return slots_[l]; }
     int64_t row_elements() const { return total_; }
 
   private:
@@ -36,7 +36,7 @@ class KeptLayout {
         total_ += even<T>(columns);
         return at;
     }
-    std::vector<Slots> slots_;
+    Buffer<Slots> slots_;
     int64_t total_ = 0;
 };
 

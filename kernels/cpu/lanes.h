@@ -17,6 +17,13 @@ int64_t lane_rows(const Call &call) {
     return call.M <= 32 ? 16 : call.M <= 256 ? 32 : MOST_LANES;
 }
 
+// Rows of a block of which nothing is kept: of narrow layers more, where a loop takes as long to begin as it runs.
+template <class C>
+int64_t passing_lane_rows(const Call &call) {
+    const int64_t R = lane_rows<C>(call);
+    return R == MOST_LANES && widest(call) <= 8 && call.M >= 2048 ? 4 * R : R;
+}
+
 // work(R), which the compiler knows where R is the most.
 template <class C, class Work>
 auto with_lanes(int64_t R, const Work &work) {
@@ -237,8 +244,8 @@ void drop_lanes(int64_t R, const Layer &layer, int64_t first_row, C *values) {
 template <class C>
 class LaneMemory {
   public:
-    LaneMemory(const Call &call, int arrays)
-        : size_(widest(call) * lane_rows<C>(call) + 3 * LANES<C>), memory_((6 + arrays) * size_), next_(memory_.get()) {
+    LaneMemory(const Call &call, int64_t R, int arrays)
+        : size_(widest(call) * R + 3 * LANES<C>), memory_((6 + arrays) * size_), next_(memory_.get()) {
         for (C **array : {&x, &h[0], &h[1], &z, &skip, &none}) *array = take();
         std::fill(none, none + size_, C(0));
     }
@@ -320,12 +327,13 @@ void load_block(const Call &call, const Rows &rows, const LaneMemory<Compute<T>>
 template <class T>
 void forward_lanes(const Call &call, T *y, Compute<T> *kept) {
     using C = Compute<T>;
-    const int64_t R = lane_rows<C>(call), blocks = (call.M + R - 1) / R, N = call.layers[call.depth - 1].N;
+    const int64_t R = kept ? lane_rows<C>(call) : passing_lane_rows<C>(call), blocks = (call.M + R - 1) / R;
+    const int64_t N = call.layers[call.depth - 1].N;
     LaneParameters<T> numbers(call);
     const auto parameters = lane_layers<T>(call, numbers);
     const std::optional<KeptLayout<C>> layout = kept ? std::optional<KeptLayout<C>>(call) : std::nullopt;
     together(int(std::min<int64_t>(call.threads, blocks)), [&](const Team &team) {
-        const LaneMemory<C> memory(call, 0);
+        const LaneMemory<C> memory(call, R, 0);
         Team::Share share = team.share(blocks);
         for (int64_t b = share.first; b < share.last; b++) {
             const Rows rows{b * R, std::min(R, call.M - b * R), R};

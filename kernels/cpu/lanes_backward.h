@@ -229,7 +229,7 @@ void backward_lanes(const Call &call, const T *g, int64_t ldg, const Compute<T> 
     together(members, [&](const Team &team) {
         auto &slot = gradients[size_t(team.member)];
         LaneGradients<T> &mine = *(slot = std::make_unique<LaneGradients<T>>(call, team.member == 0));
-        LaneMemory<C> memory(call, 4);
+        LaneMemory<C> memory(call, R, 4);
         C *turns[] = {memory.take(), memory.take(), memory.take(), memory.take()};
         Buffer<C> recomputed(kept ? 0 : R * layout.row_elements()), turned(R * rounded_up(widest(call), LANES<C>));
         std::fill(turned.get(), turned.get() + R * rounded_up(widest(call), LANES<C>), C(0));

@@ -54,17 +54,18 @@ inline std::pair<c10::List<int64_t>, c10::List<double>> encoded(const Tensor &pl
 
 // The layers as the kernels read them: addresses of tensors that are contiguous, on the CPU, of one dtype.
 struct Network {
-    std::vector<Layer> layers;
+    int64_t depth;
+    Buffer<Layer> layers;
     std::vector<Tensor> copies;  // of parameters that are not contiguous, or not worth what their memory says
 
     // required: of what forward keeps memory for; empty for nothing.
     Network(const Tensor &plan, at::TensorList parameters, at::ScalarType dtype, const std::optional<Tensor> &seeds,
             at::TensorList gradients, c10::ArrayRef<bool> required)
-        : layers(size_t(plan.size(0))) {
+        : depth(plan.size(0)), layers(depth) {
         const int64_t *words = plan.const_data_ptr<int64_t>();
         const int64_t *seed = seeds ? seeds->const_data_ptr<int64_t>() : nullptr;
-        for (size_t l = 0; l < layers.size(); l++, words += WORDS) {
-            if (l + AHEAD < layers.size()) prefetch(words + AHEAD * WORDS, parameters);
+        for (int64_t l = 0; l < depth; l++, words += WORDS) {
+            if (l + AHEAD < depth) prefetch(words + AHEAD * WORDS, parameters);
             Layer &layer = layers[l];
             layer = {};
             layer.N = words[N], layer.K = words[K];
@@ -124,7 +125,7 @@ struct Network {
     }
 
     // What a deep network's tensors say of themselves is spread over more memory than its weights take.
-    static constexpr size_t AHEAD = 4;
+    static constexpr int64_t AHEAD = 4;
     static void prefetch(const int64_t *words, at::TensorList parameters) {
         for (const int64_t slot : {words[int(SLOTS) + WEIGHT], words[int(SLOTS) + BIAS]}) {
             if (slot < 0) continue;
@@ -138,7 +139,7 @@ struct Network {
         return tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.dim() == dims + int64_t(is_stacked) &&
                tensor.numel() == size * (is_stacked ? tensor.size(0) : 1);
     }
-    [[noreturn, gnu::cold]] static void refuse(const Tensor &tensor, at::ScalarType dtype, int64_t size, Slot slot, size_t layer) {
+    [[noreturn, gnu::cold]] static void refuse(const Tensor &tensor, at::ScalarType dtype, int64_t size, Slot slot, int64_t layer) {
         TORCH_CHECK(false, "parameter ", int(slot), " of layer ", layer, " has changed its shape, dtype or device: ", size,
                     " numbers of ", dtype, " expected, got ", tensor.sizes(), " of ", tensor.scalar_type(), " on ",
                     tensor.device());
@@ -185,7 +186,7 @@ struct Arguments {
     Call call;
 
     Arguments(const Network &network, const Tensor &x_, const std::optional<Tensor> &residual_, int64_t way) {
-        const Layer &first = network.layers.front();
+        const Layer &first = network.layers[0];
         TORCH_CHECK(x_.device().is_cpu() && x_.dim() > 0 && x_.size(-1) == first.K, "x must be [..., ", first.K,
                     "] on the CPU, got ", x_.sizes(), " on ", x_.device());
         call = {};
@@ -199,7 +200,7 @@ struct Arguments {
             residual = rows_of(*residual_, &call.ldr);
             call.residual = residual.const_data_ptr();
         }
-        call.layers = network.layers.data(), call.depth = int64_t(network.layers.size());
+        call.layers = network.layers.get(), call.depth = network.depth;
         call.way = Way(way);
         call.threads = at::in_parallel_region() ? 1 : useful_threads(call);
         call.has_brgemm = has_brgemm(x.scalar_type());
@@ -218,7 +219,7 @@ inline Tensor run_forward(const Tensor &plan, at::TensorList parameters, const T
                           const std::optional<Tensor> &seeds, int64_t way, c10::ArrayRef<bool> required, Tensor *kept) {
     const Network network(plan, parameters, x.scalar_type(), seeds, {}, required);
     const Arguments arguments(network, x, residual, way);
-    Tensor y = output_like(x, network.layers.back().N);
+    Tensor y = output_like(x, network.layers[network.depth - 1].N);
     by_dtype(x.scalar_type(), [&](auto type) {
         using T = decltype(type);
         if (kept) *kept = fresh({kept_bytes<T>(arguments.call)}, at::kByte);
