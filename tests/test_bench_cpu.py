@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import cpu_cases
@@ -186,6 +188,11 @@ def test_turns_fill_their_time_and_quartiles_tell_slower_from_noise():
     assert times["short"].rounds == times["long"].rounds == 4
     assert times["short"].calls > times["long"].calls
     assert times["long"].lower <= times["long"].median <= times["long"].upper
+
+    made: list[str] = []
+    times = in_turns({name: partial(made.append, name) for name in "ab"}, budget_s=0, least=2, fill_s=1e-5)
+    *_, (last, turn) = ((name, len(list(calls))) for name, calls in groupby(made))
+    assert (last, turn) == ("a", times["a"].calls + 1), "a short call is to find what a loop of its own leaves"
 
     eager = Quartiles(1.0, 0.9, 1.1, 9, 1)
     assert is_slower({"eager": eager, "fused": Quartiles(1.3, 1.2, 1.4, 9, 1)})
