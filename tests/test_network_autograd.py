@@ -133,10 +133,26 @@ def test_memory_of_its_tensors_comes_back():
 
 
 def test_gradients_share_no_memory():
+    torch.use_deterministic_algorithms(False)
     case = NETWORKS["projections"]
     tensors = case.tensors()
     found = torch.autograd.grad(case.network(tensors)(tensors["x"]).sum(), list(tensors.values()))
     assert len({t.untyped_storage().data_ptr() for t in found}) == len(found)
+
+
+def test_a_gradient_outlives_the_others():
+    """Small ones come in one block: each is a tensor with a storage of its own all the same, and keeps the block."""
+    torch.use_deterministic_algorithms(False)  # which fills fresh memory, and takes it from torch then
+    weights = [torch.randn(6, 6, requires_grad=True) for _ in range(5)]
+    network, x = Network(weights), torch.randn(3, 6)
+    first = torch.autograd.grad(network(x).sum(), weights)
+    one, expected = first[2], first[2].clone()
+    assert [g.untyped_storage().nbytes() for g in first] == [6 * 6 * 4] * 5
+    del first
+    others = [torch.autograd.grad(network(torch.randn(3, 6)).sum(), weights) for _ in range(20)]
+    assert_close(one, expected, **SAME_BITS)
+    assert_close(one.resize_(7, 7).view(-1)[:36], expected.view(-1), **SAME_BITS)
+    assert len({g.data_ptr() for some in others for g in some}) == 100
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

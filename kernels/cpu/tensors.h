@@ -235,10 +235,9 @@ inline std::vector<Tensor> run_backward(const Tensor &plan, at::TensorList param
                                         c10::ArrayRef<bool> wanted) {
     TORCH_CHECK(wanted.size() == parameters.size() + 2, "one wish per gradient expected");
     std::vector<Tensor> found(wanted.size());
-    for (size_t i = 0; i < found.size(); i++) {
-        const Tensor &of = i == 0 ? x : i == 1 && residual ? *residual : parameters[std::max<size_t>(i, 2) - 2];
-        if (wanted[i]) found[i] = fresh(of.sizes(), of.scalar_type());
-    }
+    if (wanted[0]) found[0] = fresh(x.sizes(), x.scalar_type());
+    if (wanted[1] && residual) found[1] = fresh(residual->sizes(), residual->scalar_type());
+    fresh_like(parameters, wanted.slice(2), found.data() + 2);
     const Network network(plan, parameters, x.scalar_type(), seeds, at::TensorList(found).slice(2), required);
     const Arguments arguments(network, x, residual, way);
     int64_t ldg;
