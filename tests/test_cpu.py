@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
+from pathlib import Path
 
 import exact_cpu
 import pytest
@@ -306,6 +309,19 @@ def test_the_table_in_every_way(way, dtype, activation, device):
                 assert not wrong.any(), (
                     f"{name} at {some[wrong][:3].tolist()}: {ours[wrong][:3].tolist()}, not {truth[wrong][:3].tolist()}"
                 )
+
+
+@pytest.mark.skipif("FUSEDRES_SANITIZE" in os.environ, reason="the sanitized library is of this machine's level alone")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_levels_are_right_too(capability):
+    """Where the processor has less: other vectors, and no fused multiplication."""
+    chosen = "table_in_every_way or own_products or right_every_way"
+    command = ["-m", "pytest", "tests/test_cpu.py", "tests/test_anything.py", "-k", chosen, "-q"]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    root = Path(__file__).parent.parent
+    ran = subprocess.run([sys.executable, *command], env=environment, cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
+    assert " passed" in ran.stdout
 
 
 def test_gelu_is_nearer_to_the_truth_than_torch(device):

@@ -38,13 +38,13 @@ inline uint64_t bits_of(double value) { return __builtin_bit_cast(uint64_t, valu
 inline float of_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
 // a b + c, rounded once where the machine has such an instruction.
-inline float fused(float a, float b, float c) {
 #if defined(__FMA__) || defined(__FP_FAST_FMAF)
-    return __builtin_fmaf(a, b, c);
+constexpr bool HAS_FUSED = true;
+inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
-    return a * b + c;
+constexpr bool HAS_FUSED = false;
+inline float fused(float a, float b, float c) { return a * b + c; }
 #endif
-}
 
 // |z| up to a bound that keeps inf out of the formulas; NaN stays NaN.
 inline float distance(float z, float bound, double) { return std::abs(z) > bound ? bound : std::abs(z); }
@@ -109,7 +109,8 @@ inline float mills_ratio(float x) {
     return p / q;
 }
 
-// tanh x = (1 - e) / (1 + e), e = exp(-2x): the quotient, then what rounding took from its two sides and from itself.
+// tanh x = (1 - e) / (1 + e), e = exp(-2x): the quotient, then what rounding took from its two sides and from itself. Where
+// that rest cannot be had, the slope is 4 e / (1 + e)².
 inline Activated<float> tanh(float z) {
     float x = distance(z, 44.0f, 0.0);
     Decay e = decay(x, 2);
@@ -120,7 +121,8 @@ inline Activated<float> tanh(float z) {
     float inverse = 1 / under, quotient = over * inverse;
     float rest = fused(-quotient, under, over) + (over_rest - quotient * under_rest);
     float t = quotient + rest * inverse, t_rest = (quotient - t) + rest * inverse;
-    return {std::copysign(t, z), (1 - t * t) - 2 * t * t_rest};
+    float slope = HAS_FUSED ? (1 - t * t) - 2 * t * t_rest : 4 * inverse * inverse * (e.power - e.power * e.drop);
+    return {std::copysign(t, z), slope};
 }
 inline Activated<double> tanh(double z) {
     double t = std::tanh(z), c = std::cosh(z);
