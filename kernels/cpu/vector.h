@@ -14,9 +14,11 @@ constexpr int VECTOR_BYTES = 32, MICRO_ROWS = 6, MICRO_VECTORS = 2;
 constexpr int VECTOR_BYTES = 16, MICRO_ROWS = 6, MICRO_VECTORS = 2;
 #endif
 
+// Vectors of our own are aligned to their size, as clang takes those behind a reference to be; numbers in memory lie anywhere.
 template <class C>
 struct VectorOf {
-    typedef C type __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(C)), may_alias));
+    typedef C type __attribute__((vector_size(VECTOR_BYTES), may_alias));
+    typedef C in_memory __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(C)), may_alias));
 };
 template <class C>
 using Vector = typename VectorOf<C>::type;
@@ -25,11 +27,11 @@ constexpr int LANES = VECTOR_BYTES / sizeof(C);
 
 template <class C>
 inline Vector<C> load(const C *from) {
-    return *reinterpret_cast<const Vector<C> *>(from);
+    return *reinterpret_cast<const typename VectorOf<C>::in_memory *>(from);
 }
 template <class C>
 inline void store(C *to, Vector<C> value) {
-    *reinterpret_cast<Vector<C> *>(to) = value;
+    *reinterpret_cast<typename VectorOf<C>::in_memory *>(to) = value;
 }
 
 // The lanes of a and b in turn: of their lower halves (HIGH false), or of their upper halves.
