@@ -319,7 +319,9 @@ def test_other_levels_are_right_too(capability):
     command = ["-m", "pytest", "tests/test_cpu.py", "tests/test_anything.py", "-k", chosen, "-q"]
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     root = Path(__file__).parent.parent
-    ran = subprocess.run([sys.executable, *command], env=environment, cwd=root, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, *command], env=environment, cwd=root, capture_output=True, text=True, timeout=900
+    )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
     assert " passed" in ran.stdout
 

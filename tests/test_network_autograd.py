@@ -145,7 +145,10 @@ def test_a_gradient_outlives_the_others():
     torch.use_deterministic_algorithms(False)  # which fills fresh memory, and takes it from torch then
     weights = [torch.randn(6, 6, requires_grad=True) for _ in range(5)]
     network, x = Network(weights), torch.randn(3, 6)
-    first = torch.autograd.grad(network(x).sum(), weights)
+    y = network(x).sum()
+    with profile(profile_memory=True) as log:
+        first = torch.autograd.grad(y, weights)
+    assert allocated(log) >= sum(g.nbytes for g in first), "the profiler is to see the block"
     one, expected = first[2], first[2].clone()
     assert [g.untyped_storage().nbytes() for g in first] == [6 * 6 * 4] * 5
     del first

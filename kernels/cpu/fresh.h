@@ -7,8 +7,6 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 
-#include <atomic>
-#include <new>
 #include <utility>
 
 #include "memory.h"
@@ -59,69 +57,41 @@ Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
     return Tensor(at::detail::empty_generic(sizes, PooledMemory::instance(), keys, dtype, std::nullopt));
 }
 
-// One block for small tensors that come and go together, as a network's gradients do; the last one gives it back.
-class Slab {
-  public:
-#if defined(__SANITIZE_ADDRESS__)
-    static constexpr int64_t LARGE = 0;  // none is small: past a tensor's end would be another's memory
-#else
-    static constexpr int64_t LARGE = 1 << 14;
-#endif
-
-    // Bytes that a tensor takes of a slab; 0 where it is to have memory of its own.
-    static int64_t share(const Tensor &like) {
-        const int64_t bytes = like.numel() * int64_t(like.element_size());
-        return bytes < LARGE ? (bytes + 63) / 64 * 64 : 0;
-    }
-
-    explicit Slab(int64_t shares) {
-        if (!shares) return;
-        int64_t bytes = HEADER + shares;
-        auto *block = static_cast<char *>(Pool::instance().take(&bytes));
-        owners_ = new (block) Owners{1, bytes};
-        next_ = block + HEADER;
-    }
-    Slab(const Slab &) = delete;
-    ~Slab() {
-        if (owners_) release(owners_);
-    }
-    Tensor take(const Tensor &like) {
-        owners_->count.fetch_add(1, std::memory_order_relaxed);
-        c10::DataPtr numbers(std::exchange(next_, next_ + share(like)), owners_, release, c10::Device(c10::kCPU));
-        auto storage = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(),
-                                                             size_t(like.numel()) * like.element_size(), std::move(numbers),
-                                                             PooledMemory::instance(), true);
-        Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
-            std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::scalarTypeToTypeMeta(like.scalar_type()));
-        tensor.unsafeGetTensorImpl()->generic_set_sizes_contiguous(like.sizes());
-        return tensor;
-    }
-
-  private:
-    struct Owners {
-        std::atomic<int64_t> count;
-        int64_t bytes;
-    };
-    static constexpr int64_t HEADER = 64;
-
-    static void release(void *owners_) {
-        auto *owners = static_cast<Owners *>(owners_);
-        if (owners->count.fetch_sub(1, std::memory_order_acq_rel) == 1) Pool::instance().give(owners, owners->bytes);
-    }
-
-    Owners *owners_ = nullptr;
-    char *next_ = nullptr;
-};
-
-// to[i]: fresh memory like like[i], dense, where wanted.
+// to[i]: fresh memory like like[i], dense, where wanted. Small ones lie in one block, which goes with the last of them: a
+// network's gradients come and go together.
 inline void fresh_like(at::TensorList like, c10::ArrayRef<bool> wanted, Tensor *to) {
+#if defined(__SANITIZE_ADDRESS__)
+    constexpr int64_t LARGE = 0;  // none is small: past a tensor's end would be another's memory
+#else
+    constexpr int64_t LARGE = 1 << 14;
+#endif
     const bool fills = torch_fills_fresh_memory();
+    auto bytes_of = [](const Tensor &tensor) { return tensor.numel() * int64_t(tensor.element_size()); };
+    auto share = [&](const Tensor &tensor) {  // of the block; 0 for memory of its own
+        const int64_t bytes = bytes_of(tensor);
+        return fills || bytes >= LARGE ? 0 : (bytes + 63) / 64 * 64;
+    };
     int64_t shares = 0;
-    for (size_t i = 0; i < like.size() && !fills; i++) shares += wanted[i] ? Slab::share(like[i]) : 0;
-    Slab slab(shares);
-    for (size_t i = 0; i < like.size(); i++)
-        if (wanted[i])
-            to[i] = shares && Slab::share(like[i]) ? slab.take(like[i]) : fresh(like[i].sizes(), like[i].scalar_type());
+    for (size_t i = 0; i < like.size(); i++) shares += wanted[i] ? share(like[i]) : 0;
+    const Tensor block = shares ? fresh({shares}, at::kByte) : Tensor();
+    char *next = shares ? static_cast<char *>(block.mutable_data_ptr()) : nullptr;
+    for (size_t i = 0; i < like.size(); i++) {
+        if (!wanted[i]) continue;
+        if (!share(like[i])) {
+            to[i] = fresh(like[i].sizes(), like[i].scalar_type());
+            continue;
+        }
+        using Owner = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+        c10::DataPtr numbers(next, Tensor(block).unsafeReleaseTensorImpl(),
+                             [](void *owner) { Owner::reclaim(static_cast<c10::TensorImpl *>(owner)); },
+                             c10::Device(c10::kCPU));
+        next += share(like[i]);
+        auto storage = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), size_t(bytes_of(like[i])),
+                                                             std::move(numbers), PooledMemory::instance(), true);
+        to[i] = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                         c10::scalarTypeToTypeMeta(like[i].scalar_type()));
+        to[i].unsafeGetTensorImpl()->generic_set_sizes_contiguous(like[i].sizes());
+    }
 }
 
 }  // namespace

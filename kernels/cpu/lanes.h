@@ -17,7 +17,7 @@ int64_t lane_rows(const Call &call) {
     return call.M <= 32 ? 16 : call.M <= 256 ? 32 : MOST_LANES;
 }
 
-// Rows of a block of which nothing is kept: of narrow layers more, where a loop takes as long to begin as it runs.
+// Rows of a block of which nothing is kept: of narrow layers more, whose loops over few vectors wait for their last.
 template <class C>
 int64_t passing_lane_rows(const Call &call) {
     const int64_t R = lane_rows<C>(call);
