@@ -3,7 +3,7 @@
 eager       nn.Linear, gelu and the sum, layer by layer
 compile     torch.compile of that module, and again with mode="max-autotune"
 fused       fusedres.network.Network of the same parameters
-stacked     fusedres.network.Network with each run of equal layers in one parameter [L, N, N]
+stacked     fusedres.FusedResidualStack, each run of equal layers in one parameter [L, N, N]
 """
 
 from __future__ import annotations
@@ -67,14 +67,11 @@ class EagerNetwork(nn.Module):
 
 @dataclass
 class Contender:
-    """A network, its parameters, and where in their gradients each layer's lie.
-
-    places: {"weight 3": (position among parameters, index in a stack or None)}.
-    """
+    """A network, its parameters, and how tensors shaped as those go by layer: {"weight 3": …}."""
 
     network: Callable[[Tensor], Tensor]
     parameters: list[Tensor]
-    places: dict[str, tuple[int, int | None]]
+    by_layer: Callable[[list[Tensor]], dict[str, Tensor]]
 
     def clear(self) -> None:
         for parameter in self.parameters:
@@ -99,23 +96,21 @@ class Contender:
         y = self.network(x)
         F.mse_loss(y, target).backward()
         answer = {"y": y.detach().clone()}
-        for name, (i, j) in self.places.items():
-            found = self.parameters[i].grad
-            if found is None:
-                raise AssertionError(f"{name} got no gradient")
-            answer[name] = (found if j is None else found[j]).clone()
+        found = [parameter.grad for parameter in self.parameters]
+        if any(gradient is None for gradient in found):
+            raise AssertionError("a parameter got no gradient")
+        answer |= {name: gradient.clone() for name, gradient in self.by_layer(found).items()}
         self.clear()
         return answer
 
 
 def of_module(module: EagerNetwork, network: Callable[[Tensor], Tensor] | None = None) -> Contender:
     """The module itself, or another network with its parameters."""
-    parameters, places = [], {}
-    for name, tensors in _named(module).items():
-        for i, tensor in tensors.items():
-            places[f"{name} {i}"] = (len(parameters), None)
-            parameters.append(tensor)
-    return Contender(module if network is None else network, parameters, places)
+    named = {f"{kind} {i}": tensor for kind, tensors in _named(module).items() for i, tensor in tensors.items()}
+    parameters = list(named.values())
+    return Contender(
+        module if network is None else network, parameters, lambda found: dict(zip(named, found, strict=True))
+    )
 
 
 def fused(module: EagerNetwork, row: Row, **options: object) -> Contender:
@@ -129,26 +124,20 @@ def fused(module: EagerNetwork, row: Row, **options: object) -> Contender:
 
 
 def stacked(module: EagerNetwork, row: Row, **options: object) -> Contender:
-    """Copies of the module's parameters; a run of equal layers holds weight [L, N, N], bias [L, N] and scale [L]."""
-    from fusedres.network import Network
+    """The module for whole networks, with copies of the parameters, those of equal layers stacked."""
+    from fusedres import FusedResidualStack
 
-    named = _named(module)
-    parameters: list[Tensor] = []
-    places: dict[str, tuple[int, int | None]] = {}
-    groups: dict[str, list[Tensor | float]] = {"weight": [], "bias": [], "scale": []}
-    for run in row.runs():
-        for name, tensors in named.items():
-            if name == "scale" and not (row.learns and row.skips[run[0]]):
-                groups[name].append(1.0)
-                continue
-            is_one = len(run) == 1
-            tensor = (tensors[run[0]] if is_one else torch.stack([tensors[i] for i in run])).detach().clone()
-            groups[name].append(tensor.requires_grad_())
-            for j, i in enumerate(run):
-                places[f"{name} {i}"] = (len(parameters), None if is_one else j)
-            parameters.append(tensor)
-    scales = groups["scale"] if row.learns else 1.0
-    return Contender(Network(groups["weight"], groups["bias"], skip_scale=scales, **options), parameters, places)
+    stack = FusedResidualStack(row.sizes, learn_skip_scale=row.learns and any(row.skips), dtype=row.dtype, **options)
+    names = {"weight": "layers.{}.0.weight", "bias": "layers.{}.0.bias", "scale": "skip_scales.{}"}
+    kinds = {names[kind].format(i): (kind, i) for kind, tensors in _named(module).items() for i in tensors}
+    stack.load_state_dict({name: _named(module)[kind][i] for name, (kind, i) in kinds.items()})
+    own, parameters = zip(*stack.named_parameters(), strict=True)
+
+    def by_layer(found: list[Tensor]) -> dict[str, Tensor]:
+        slices = stack.by_layer(dict(zip(own, found, strict=True)))
+        return {"{} {}".format(*kinds[name]): slice for name, slice in slices.items()}
+
+    return Contender(stack, list(parameters), by_layer)
 
 
 def compiled(module: EagerNetwork, way: str) -> Contender:

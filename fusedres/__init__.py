@@ -6,11 +6,13 @@ from .explanation import explain
 from .gradients import GradientComparison, GradientProfile, compare_gradients, gradient_profile
 from .modules import FusedResidualLinear
 from .network import Network
+from .stack import FusedResidualStack
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FusedResidualLinear",
+    "FusedResidualStack",
     "GradientComparison",
     "GradientProfile",
     "Network",

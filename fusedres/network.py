@@ -16,8 +16,19 @@ from .dispatch import Eager, Native, Triton, Way, modes_in_force, transforms_are
 from .functional import is_any_autocast_enabled
 from .kernels.cpu import launch
 from .kernels.cpu.plan import encoded
+from .kernels.spec import NetworkSpec
 
-Scale = float | Tensor | Sequence[float | Tensor]
+Scale = float | Tensor | Sequence[float | Tensor | Sequence[float]]
+
+
+class Description:
+    """What a network is, but for its tensors."""
+
+    def __init__(self, spec: NetworkSpec, recompute: bool | str) -> None:
+        self.spec = spec
+        self.recompute = recompute
+        self.dropping = spec.dropping
+        self.encoded = encoded(spec)
 
 
 class Network:
@@ -27,11 +38,12 @@ class Network:
 
     Args:
         weights: W of every layer, [N, K]; or [L, N, N] for a run of L layers, whose bias is [L, N], λ [L], a [L] or
-            [L, N] then. One parameter costs autograd less than L.
+            [L, N] then (or flat, [L * N]). One parameter costs autograd less than L.
         biases, projection_weights, projection_biases: None, or one (or None) for every entry of weights.
         activation, approximate, order: as for a layer, of all layers.
         skip: auto, identity, projection or None; one for all, or one for every entry of weights.
-        skip_scale, branch_scale: λ and a; a number or a tensor for all layers, or one for every entry of weights.
+        skip_scale, branch_scale: λ and a; a number or a tensor for all layers, or one for every entry of weights; the
+            entry of a run may be a number for each of its layers.
         last_activation: "same" as the others', or "none".
         drop_path: while training, the probability that a row's branch is dropped; for all, or one for every layer.
         recompute: whether backward computes activations again instead of keeping them; "auto" keeps what is small.
@@ -58,12 +70,15 @@ class Network:
         recompute: bool | str = "auto",
     ) -> None:
         options = (activation, approximate, order, last_activation, drop_path, recompute)
-        self.spec, self._tensors = network_checks.described(
+        spec, tensors = network_checks.described(
             weights, biases, projection_weights, projection_biases, skip, skip_scale, branch_scale, options
         )
-        self.recompute = recompute
-        self._dropping = self.spec.dropping
-        self._encoded = encoded(self.spec)
+        self._adopt(Description(spec, recompute), tensors)
+
+    def _adopt(self, description: Description, tensors: Sequence[Tensor]) -> None:
+        self.description = description
+        self.spec, self.recompute = description.spec, description.recompute
+        self._tensors = tuple(tensors)
         self._forget()
 
     def _forget(self) -> None:
@@ -153,9 +168,10 @@ class Network:
         return dispatch.choose(x.device, x.dtype, x.numel() == 0 or 0 in self.sizes)
 
     def _seeds(self, training: bool) -> Tensor | None:
-        if not (training and self._dropping):
+        dropping = self.description.dropping
+        if not (training and dropping):
             return None
-        return network_ops.draw_seeds(self._dropping, len(self.spec.layers))
+        return network_ops.draw_seeds(dropping, len(self.spec.layers))
 
     def _general_call(self, x: Tensor, training: bool) -> Tensor:
         """Whatever x is, and whoever looks on."""
@@ -184,7 +200,7 @@ class Network:
 
     def _by_operator(self, x: Tensor, seeds: Tensor | None) -> Tensor:
         """The call that others see."""
-        return network_ops.residual_network(x, self._tensors, seeds, *self._encoded)
+        return network_ops.residual_network(x, self._tensors, seeds, *self.description.encoded)
 
     def _goes_by_layers(self, x: Tensor) -> bool:
         """Whether each layer is called by itself: on a GPU, and where not all of the network is the engine's to run."""
@@ -195,10 +211,17 @@ class Network:
     def _one_by_one(self, x: Tensor, training: bool) -> Tensor:
         autocast = functional.autocast_dtype(x)
         network_checks.check(x, self.spec, self._tensors, autocast is not None)  # Triton's kernels check nothing
-        for layer in self.spec.layers:
+        for layer, own in zip(self.spec.layers, self.spec.tensors(self._tensors), strict=True):
             spec = layer.spec if training else layer.spec._replace(drop_path=0.0)
-            x = functional.call(layer.operands(x, self._tensors), spec, autocast)
+            x = functional.call(layer.operands(x, own), spec, autocast)
         return x
+
+
+class Described(Network):
+    """A network of other tensors in the places of those that were checked when it was described."""
+
+    def __init__(self, description: Description, tensors: Sequence[Tensor]) -> None:
+        self._adopt(description, tensors)
 
 
 _UNKNOWN: Any = object()

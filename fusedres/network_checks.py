@@ -20,8 +20,8 @@ class Entry(NamedTuple):
     projection_weight: Tensor | None
     projection_bias: Tensor | None
     skip: str | None
-    skip_scale: float | Tensor
-    branch_scale: float | Tensor
+    skip_scale: float | Tensor | Sequence[float]  # of a run, also a number for every layer
+    branch_scale: float | Tensor | Sequence[float]
 
 
 def described(
@@ -57,13 +57,13 @@ def described(
         "skip_scale": skip_scale,
         "branch_scale": branch_scale,
     }
-    columns = [_per(len(weights), name, value, "one for every entry of weights") for name, value in parts.items()]
+    columns = [per(len(weights), name, value, "one for every entry of weights") for name, value in parts.items()]
     entries = [Entry(*row) for row in zip(weights, *columns, strict=True)]
     depths: list[int] = []
     for entry in entries:
         depths.append(_depth(entry, sum(depths)))
     depth = sum(depths)
-    drops = _per(depth, "drop_path", drop_path, "one for every layer")
+    drops = per(depth, "drop_path", drop_path, "one for every layer")
 
     layers: list[NetworkLayer] = []
     tensors: list[Tensor] = []
@@ -71,7 +71,7 @@ def described(
         for at in range(run):
             i = len(layers)
             phi = ("none", "none") if i == depth - 1 and last_activation == "none" else (activation, approximate)
-            with _naming(i):
+            with naming(i):
                 slots = _slots(entry, tensors) if at == 0 else layers[-1].slots
                 more = (*phi, order, drops[i], recompute is True)
                 layers.append(_layer(entry, at, slots, more, tensors, layers))
@@ -81,9 +81,9 @@ def described(
 def check(x: Tensor, spec: NetworkSpec, tensors: Sequence[Tensor], is_autocast: bool) -> None:
     """Raises TypeError or ValueError where x does not fit, or a tensor no longer does."""
     check_input(x, spec.widths[0])
-    for i, layer in enumerate(spec.layers):
-        with _naming(i):
-            given = layer.operands(x.new_empty(1, layer.K), tensors)
+    for i, (layer, own) in enumerate(zip(spec.layers, spec.tensors(tensors), strict=True)):
+        with naming(i):
+            given = layer.operands(x.new_empty(1, layer.K), own)
             if list(given.weight.shape) != [layer.N, layer.K]:
                 raise ValueError(f"weight must stay {[layer.N, layer.K]}, got shape {list(given.weight.shape)}")
             checks.operands(given, layer.spec, is_autocast)
@@ -99,7 +99,7 @@ def check_input(x: Any, K: int) -> None:
         raise ValueError(f"x must be [..., {K}], the in_features of the first layer, got shape {list(x.shape)}")
 
 
-def _per(count: int, name: str, value: Any, what: str) -> list[Any]:
+def per(count: int, name: str, value: Any, what: str) -> list[Any]:
     """The values one by one: those of a sequence, or the same for all."""
     if value is None or isinstance(value, str | Tensor) or not isinstance(value, Iterable):
         return [value] * count
@@ -112,7 +112,7 @@ def _per(count: int, name: str, value: Any, what: str) -> list[Any]:
 def _depth(entry: Entry, first: int) -> int:
     """How many layers an entry stands for."""
     weight = entry.weight
-    with _naming(first):
+    with naming(first):
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
         if weight.dim() != 3:
@@ -160,14 +160,22 @@ def _layer(
             raise ValueError("skip='concat' is a single layer's: within a network use one of the other skips")
     N, K = weight.shape[-2:]
     kind = checks.resolve_skip(entry.skip, K, N, False, entry.projection_weight is not None)
-    lam, a = (1.0 if isinstance(scale, Tensor) else scale for scale in (entry.skip_scale, entry.branch_scale))
+    if at == 0 and is_stacked:
+        _check_stacked(entry)
+    lam, a = (_number(scale, at if is_stacked else -1) for scale in (entry.skip_scale, entry.branch_scale))
     spec = checks.layer_spec(activation, approximate, order, kind, lam, a, drop_path, True, recompute)
     layer = NetworkLayer(spec, N, K, slots, at if is_stacked else -1)
     if at == 0:
-        if is_stacked:
-            _check_stacked(entry)
-        checks.operands(layer.operands(_stand_in(tensors, K), tensors), spec, False, like="the first weight")
+        (own,) = NetworkSpec([layer]).tensors(tensors)
+        checks.operands(layer.operands(_stand_in(tensors, K), own), spec, False, like="the first weight")
     return layer
+
+
+def _number(scale: Any, at: int) -> Any:
+    """The scale of the layer at a place of its run, 1 where it is a tensor's to say."""
+    if isinstance(scale, Tensor):
+        return 1.0
+    return scale[at] if isinstance(scale, Sequence) and at >= 0 else scale
 
 
 def _stand_in(tensors: list[Tensor], K: int) -> Tensor:
@@ -180,11 +188,13 @@ def _check_stacked(entry: Entry) -> None:
     if entry.projection_weight is not None:
         raise ValueError("a stacked weight is square: its skip can be no projection; give such layers one by one")
     shapes = {
-        "bias": (entry.bias, [[L, N]]),
+        "bias": (entry.bias, [[L, N], [L * N]]),
         "skip_scale": (entry.skip_scale, [[L]]),
-        "branch_scale": (entry.branch_scale, [[L], [L, N]]),
+        "branch_scale": (entry.branch_scale, [[L], [L, N], [L * N]]),
     }
     for name, (value, allowed) in shapes.items():
+        if isinstance(value, Sequence) and len(value) != L:
+            raise ValueError(f"{name} must be {L} values, one for every layer of the run, got {len(value)}")
         if isinstance(value, Tensor) and list(value.shape) not in allowed:
             raise ValueError(
                 f"{name} must be {' or '.join(map(str, allowed))}, one for every layer of weight "
@@ -193,7 +203,7 @@ def _check_stacked(entry: Entry) -> None:
 
 
 @contextmanager
-def _naming(i: int) -> Iterator[None]:
+def naming(i: int) -> Iterator[None]:
     """Errors within name the layer that they are about."""
     try:
         yield

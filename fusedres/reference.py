@@ -5,7 +5,7 @@ z = x Wᵀ + b        y = λ s(x) + a φ(z)        or, with order="post",   y = 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks, philox
+from . import checks, philox, stack_checks
 from .kernels.spec import LayerSpec, NetworkSpec, Operands, Wanted
 
 vjp: Any = torch.func.vjp  # whose annotation is a union over has_aux
@@ -58,11 +58,11 @@ def layer(operands: Operands, spec: LayerSpec) -> Tensor:
 
 def network(x: Tensor, parameters: Sequence[Tensor], spec: NetworkSpec, seeds: Tensor | None = None) -> Tensor:
     """y [..., d_L], layer after layer; seeds [layers] int64, without which no row drops."""
-    for i, bound in enumerate(spec.layers):
+    for i, (bound, own) in enumerate(zip(spec.layers, spec.tensors(parameters), strict=True)):
         if seeds is None:
-            x = layer(bound.operands(x, parameters), bound.spec._replace(drop_path=0.0))
+            x = layer(bound.operands(x, own), bound.spec._replace(drop_path=0.0))
         else:
-            x = layer(bound.operands(x, parameters, seeds[i]), bound.spec)
+            x = layer(bound.operands(x, own, seeds[i]), bound.spec)
     return x
 
 
@@ -131,6 +131,85 @@ def _drop_rows(branch: Tensor, seed: Tensor, spec: LayerSpec) -> Tensor:
     """Stochastic depth: zero in dropped rows, whatever stood there, 1 / (1 - drop_path) times the rest."""
     kept = philox.kept_rows(seed, branch.shape[:-1], spec.drop_threshold, branch.device)
     return torch.where(kept[..., None], branch * spec.keep_scale, 0.0)
+
+
+class Sin(nn.Module):
+    """sin z, elementwise."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.sin(z)
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sin": Sin,
+    "none": nn.Identity,
+}
+
+
+class ResidualStack(nn.Module):
+    """`FusedResidualStack` in plain PyTorch: the same arguments but for `recompute`, names, draws and errors.
+
+    sizes [d₀, …, d_L] gives L layers; x [..., d₀] -> [..., d_L]. Parameters `layers.{i}.0.*`, `projections.{i}.*` where
+    a skip is projected, `skip_scales.{i}` [] and `branch_scales.{i}` [] or [d_{i+1}] where learned.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.layers: Any
+        self.projections: Any
+        self.recipe = recipe = stack_checks.described(sizes, options)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(K, N, **factory), MODULES[one.activation]())
+            for (K, N), one in zip(recipe.pairs, recipe.layers, strict=True)
+        )
+        self.projections = nn.ModuleDict({str(i): nn.Linear(*recipe.pairs[i], **factory) for i in recipe.projected})
+        self.skip_scales, self.branch_scales = learned_scales(recipe, range(len(recipe.layers)), **factory)
+        self.skips = [one.skip != "none" for one in recipe.layers]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, spec in enumerate(self.recipe.layers):
+            linear, name = self.layers[i][0], str(i)
+            weight = bias = None
+            if spec.skip == "projection":
+                weight, bias = self.projections[name].weight, self.projections[name].bias
+            scales = [one.get(name, None) for one in (self.skip_scales, self.branch_scales)]
+            given = Operands(x, linear.weight, linear.bias, None, weight, bias, *scales)
+            if spec.drop_path > 0:
+                if self.training:
+                    given = given._replace(seed=philox.draw_seed())
+                else:
+                    spec = spec._replace(drop_path=0.0)
+            x = layer(given, spec)
+        return x
+
+
+def learned_scales(recipe: stack_checks.Recipe, layers: Iterable[int], **factory: Any) -> list[nn.ParameterDict]:
+    """The learned λ and a of these layers, by index: where they start."""
+    starts = {str(i): recipe.scale_starts(i) for i in layers}
+    shapes = {str(i): ((), recipe.scale_shape(int(i))) for i in starts}
+    return [
+        nn.ParameterDict(
+            {
+                i: nn.Parameter(torch.full(shapes[i][which], start[which], **factory))
+                for i, start in starts.items()
+                if start[which] is not None
+            }
+        )
+        for which in (0, 1)
+    ]
 
 
 class ShapeGatedStack(nn.Module):

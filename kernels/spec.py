@@ -95,6 +95,9 @@ class Slots(NamedTuple):
     branch_scale: int = -1
 
 
+Own = Sequence[Tensor | None]  # a layer's tensors, in the order of Slots
+
+
 class NetworkLayer(NamedTuple):
     """One layer x [..., K] -> [..., N] of a network, its skip none, identity or projection."""
 
@@ -104,14 +107,8 @@ class NetworkLayer(NamedTuple):
     slots: Slots
     slice: int = -1  # which slice of its tensors is this layer's, where they are stacked
 
-    def operands(self, x: Tensor, parameters: Sequence[Tensor], seed: Tensor | None = None) -> Operands:
-        def at(slot: int) -> Tensor | None:
-            if slot < 0:
-                return None
-            is_stacked = self.slice >= 0 and parameters[slot].dim() > 0
-            return parameters[slot][self.slice] if is_stacked else parameters[slot]
-
-        weight, bias, projection_weight, projection_bias, skip_scale, branch_scale = map(at, self.slots)
+    def operands(self, x: Tensor, own: Own, seed: Tensor | None = None) -> Operands:
+        weight, bias, projection_weight, projection_bias, skip_scale, branch_scale = own
         return Operands(x, weight, bias, None, projection_weight, projection_bias, skip_scale, branch_scale, seed)
 
 
@@ -136,6 +133,21 @@ class NetworkSpec:
 
     def __reduce__(self) -> tuple:
         return NetworkSpec, (self.layers,)
+
+    def tensors(self, parameters: Sequence[Tensor]) -> list[Own]:
+        """Every layer's own. A stack is taken apart once: the backward of L indexings would write L gradients of its size."""
+        parts: dict[int, Sequence[Tensor]] = {}
+
+        def part(layer: NetworkLayer, name: str, slot: int) -> Tensor | None:
+            if slot < 0 or layer.slice < 0:
+                return None if slot < 0 else parameters[slot]
+            if slot not in parts:
+                stack, depth = parameters[slot], parameters[layer.slots.weight].shape[0]
+                is_matrix_or_number = name == "weight" or (name.endswith("scale") and stack.numel() == depth)
+                parts[slot] = (stack if is_matrix_or_number else stack.reshape(depth, -1)).unbind(0)
+            return parts[slot][layer.slice]
+
+        return [[part(layer, *named) for named in layer.slots._asdict().items()] for layer in self.layers]
 
     @property
     def dropping(self) -> list[int]:

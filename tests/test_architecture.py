@@ -18,10 +18,11 @@ ARROWS = {
     "checks": {"kernels"},
     "dispatch": {"kernels", "native"},
     "launch": {"kernels", "dispatch"},
-    "reference": {"kernels", "philox", "checks"},
+    "reference": {"kernels", "philox", "checks", "stack_checks"},
     "ops": {"kernels", "philox", "dispatch", "reference", "launch"},
     "network_ops": {"kernels", "philox", "dispatch", "reference", "launch", "ops"},
     "network_checks": {"kernels", "checks"},
+    "stack_checks": {"kernels", "checks", "network_checks"},
     "explanation": {"kernels", "dispatch"},
     "functional": {"kernels", "checks", "dispatch", "explanation", "ops", "reference"},
     "modules": {"checks", "functional"},
@@ -35,12 +36,13 @@ ARROWS = {
         "ops",
         "reference",
     },
+    "stack": {"dispatch", "network", "reference", "stack_checks"},
     "gradients": set(),
-    "studies": {"functional", "reference", "gradients", "modules", "network", "dispatch", "explanation", ""},
+    "studies": {"functional", "reference", "gradients", "modules", "stack", "dispatch", "explanation", ""},
     "cli": {"native", "toolchain", "studies", ""},
     "__main__": {"cli"},
     # fusedres/__init__.py
-    "": {"functional", "reference", "dispatch", "explanation", "gradients", "modules", "network"},
+    "": {"functional", "reference", "dispatch", "explanation", "gradients", "modules", "network", "stack"},
 }
 # what kernels may import from outside, besides the future
 OUTSIDE = {"kernels": {"torch", "triton", "typing", "collections", "functools"}}

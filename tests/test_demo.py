@@ -111,7 +111,7 @@ def test_a_missing_package_is_said_before_anything_runs(monkeypatch, capsys, tmp
 
 
 def wrong_in_one_layer(sizes, has_skips):
-    model = demo.FusedProjectionStack(sizes, has_skips)
+    model = demo._fused_projections(sizes, has_skips)
     model.layers[0][0].weight.register_hook(lambda gradient: 1.001 * gradient)
     return model
 

@@ -23,7 +23,6 @@ from fusedres import Network, dispatch, philox, reference
 from fusedres.dispatch import Eager, Way
 from fusedres.kernels.cpu import launch
 from fusedres.kernels.spec import WAYS
-from fusedres.studies.networks import FusedProjectionStack, FusedShapeGatedStack
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -371,24 +370,6 @@ def test_what_it_tells_of_itself():
     assert "…" in repr(Network(torch.randn(100, 4, 4)))
 
 
-@pytest.mark.parametrize("build", [FusedShapeGatedStack, FusedProjectionStack])
-def test_the_studies_go_in_one_call(build):
-    stack, x = build([6, 6, 4, 4, 1]), torch.randn(3, 6)
-    twin = build.__mro__[2]([6, 6, 4, 4, 1])
-    twin.load_state_dict(stack.state_dict())
-    assert is_one_node(stack(x))
-    assert_close(stack(x), twin(x), **SINGLE)
-    stack.layers[1][0].weight = twin.layers[1][0].weight = nn.Parameter(torch.randn(4, 6))
-    assert_close(stack(x), twin(x), **SINGLE)
-    assert_close(copy.deepcopy(stack)(x), twin(x), **SINGLE)
-    values = {name: torch.randn_like(p) for name, p in stack.named_parameters()}
-    called = [torch.func.functional_call(module, values, (x,)) for module in (stack, twin)]
-    assert_close(*called, **SINGLE)
-    assert_close(stack(x), twin(x), **SINGLE)
-    compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x), twin(x), **SINGLE)
-
-
 # ---------------------------------------------------------------------------------------------- errors
 
 
@@ -456,7 +437,7 @@ ERRORS = {
     "stacked-with-one-bias": (
         lambda: Network([W66, torch.zeros(3, 6, 6)], [None, torch.zeros(6)]),
         ValueError,
-        r"layer 1: bias must be \[3, 6\], one for every layer of weight \[3, 6, 6\], got shape \[6\]",
+        r"layer 1: bias must be \[3, 6\] or \[18\], one for every layer of weight \[3, 6, 6\], got shape \[6\]",
     ),
     "x-is-no-tensor": (lambda: Network([W66])(3), TypeError, "x must be a tensor, got int"),
     "x-of-integers": (

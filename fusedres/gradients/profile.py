@@ -67,7 +67,7 @@ def measure(
 ) -> tuple[float, dict[str, Tensor]]:
     """The loss and its gradient by every trainable parameter, from one forward and one backward."""
     _check(model, x, loss_fn)
-    parameters = trainable(model)
+    parameters = _trained(model)
     devices = {tensor.device for tensor in (x, *model.parameters(), *model.buffers()) if tensor.device.type != "cpu"}
     device_type = next(iter(devices)).type if devices else "cuda"
     with (
@@ -79,7 +79,7 @@ def measure(
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         loss = _loss(torch.func.functional_call(model, buffers, (x,)), target, loss_fn)
         gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-    return loss.item(), dict(zip(parameters, gradients, strict=True))
+    return loss.item(), _by_layer(model, dict(zip(parameters, gradients, strict=True)))
 
 
 def profile_of(model: nn.Module, loss: float, gradients: dict[str, Tensor]) -> GradientProfile:
@@ -89,10 +89,23 @@ def profile_of(model: nn.Module, loss: float, gradients: dict[str, Tensor]) -> G
     return GradientProfile(loss, mean_abs, layers, skips_taken, declares_skips)
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The floating parameters that require a gradient, by name."""
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The floating parameters that require a gradient, by name; each layer's where a module stacks them."""
+    return _by_layer(model, _trained(model))
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
     named = model.named_parameters()
     return {name: value for name, value in named if value.requires_grad and value.is_floating_point()}
+
+
+def _by_layer(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by parameter name, those that a module says to be stacked (by a method `by_layer`) as slices."""
+    for prefix, module in model.named_modules():
+        split = getattr(module, "by_layer", None)
+        if callable(split):
+            tensors = split(tensors, f"{prefix}." if prefix else "")
+    return tensors
 
 
 def _is_weight(name: str, value: Tensor) -> bool:

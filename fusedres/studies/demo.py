@@ -22,7 +22,7 @@ from ..explanation import explain
 from ..gradients import GradientComparison, compare_gradients, picture
 from ..modules import FusedResidualLinear
 from ..reference import ProjectionStack, ShapeGatedStack
-from .networks import FusedProjectionStack, FusedShapeGatedStack
+from ..stack import FusedResidualStack
 
 # Relative to a parameter's largest gradient. Fused and eager sum in fp32 in different orders, some 1e-7 apart at each
 # of up to 13 layers: 1e-5 in all, in most seeds. A wrong formula or a lost tile is off by 1e-2 and more.
@@ -50,11 +50,19 @@ class Case(NamedTuple):
     x: Callable[[], Tensor]
 
 
+def _fused_stack(sizes: list[int], has_skips: bool) -> nn.Module:
+    return FusedResidualStack(sizes, skip="auto" if has_skips else None)
+
+
+def _fused_projections(sizes: list[int], has_skips: bool) -> nn.Module:
+    return FusedResidualStack(sizes, skip="projection" if has_skips else None)
+
+
 _SIZES_A2, _SIZES_D = [128, 256, 512, 1024, 512, 256, 128, 1], [128, 64, 32, 16, 8, 1]
 CASES = (
-    Case("A, case 1: equal widths", FusedShapeGatedStack, ShapeGatedStack, [3] * 13 + [1], lambda: torch.ones(3)),
-    Case("A, case 2: no two widths alike", FusedShapeGatedStack, ShapeGatedStack, _SIZES_A2, lambda: torch.ones(128)),
-    Case("D: projections", FusedProjectionStack, ProjectionStack, _SIZES_D, lambda: torch.randn(10, 128)),
+    Case("A, case 1: equal widths", _fused_stack, ShapeGatedStack, [3] * 13 + [1], lambda: torch.ones(3)),
+    Case("A, case 2: no two widths alike", _fused_stack, ShapeGatedStack, _SIZES_A2, lambda: torch.ones(128)),
+    Case("D: projections", _fused_projections, ProjectionStack, _SIZES_D, lambda: torch.randn(10, 128)),
 )
 Comparisons = dict[str, dict[str, GradientComparison]]  # by the case's title, then by the name of a style
 

@@ -78,13 +78,15 @@ struct Network {
 
             const int64_t *slots = words + SLOTS, index = std::max<int64_t>(words[INDEX], 0);
             const bool is_stacked = words[INDEX] >= 0;
+            const Tensor &weight = parameters[size_t(slots[WEIGHT])];
+            const int64_t run = !is_stacked ? 0 : weight.dim() == 3 && weight.size(0) > index ? weight.size(0) : -1;
             auto tensor = [&](Slot slot) -> const Tensor * {
                 return slots[slot] < 0 ? nullptr : &parameters[size_t(slots[slot])];
             };
             auto address = [&](Slot slot, int64_t size, int64_t dims) -> const void * {
                 const Tensor *found = tensor(slot);
                 if (!found) return nullptr;
-                if (!fits(*found, dtype, size, dims, is_stacked)) refuse(*found, dtype, size, slot, l);
+                if (!fits(*found, dtype, size, dims, run)) refuse(*found, dtype, size, slot, l);
                 const Tensor *dense = found;
                 if (!found->is_contiguous() || found->is_neg())
                     dense = &copies.emplace_back(found->resolve_neg().contiguous());
@@ -103,14 +105,14 @@ struct Network {
             layer.projection = address(PROJECTION, layer.N * layer.K, 2);
             layer.projection_bias = address(PROJECTION_BIAS, layer.N, 1);
             if (const Tensor *scale = tensor(LEARNED_SKIP_SCALE)) {
-                if (!fits(*scale, dtype, 1, 0, is_stacked)) refuse(*scale, dtype, 1, LEARNED_SKIP_SCALE, l);
+                if (!fits(*scale, dtype, 1, 0, run)) refuse(*scale, dtype, 1, LEARNED_SKIP_SCALE, l);
                 layer.skip_scale = number(*scale, is_stacked ? index * scale->stride(0) : 0);
             }
             if (const Tensor *scale = tensor(LEARNED_BRANCH_SCALE)) {
-                if (scale->dim() == (is_stacked ? 2 : 1)) {
+                if (is_stacked ? scale->numel() != run : scale->dim() == 1) {
                     layer.channel_scale = address(LEARNED_BRANCH_SCALE, layer.N, 1);
                 } else {
-                    if (!fits(*scale, dtype, 1, 0, is_stacked)) refuse(*scale, dtype, 1, LEARNED_BRANCH_SCALE, l);
+                    if (!fits(*scale, dtype, 1, 0, run)) refuse(*scale, dtype, 1, LEARNED_BRANCH_SCALE, l);
                     layer.branch_scale = number(*scale, is_stacked ? index * scale->stride(0) : 0);
                 }
             }
@@ -134,10 +136,12 @@ struct Network {
         }
     }
 
-    // A parameter may have been given new data since the plan was made.
-    static bool fits(const Tensor &tensor, at::ScalarType dtype, int64_t size, int64_t dims, bool is_stacked) {
-        return tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.dim() == dims + int64_t(is_stacked) &&
-               tensor.numel() == size * (is_stacked ? tensor.size(0) : 1);
+    // A parameter may have been given new data since the plan was made. `run` layers are stacked in it (0: it is one's
+    // own; -1: they no longer are); vectors of a run may lie flat.
+    static bool fits(const Tensor &tensor, at::ScalarType dtype, int64_t size, int64_t dims, int64_t run) {
+        const int64_t dim = tensor.dim();
+        return run >= 0 && tensor.is_cpu() && tensor.scalar_type() == dtype && (dim == dims + int64_t(run > 0) || (dims == 1 && dim == 1)) &&
+               tensor.numel() == size * std::max<int64_t>(run, 1);
     }
     [[noreturn, gnu::cold]] static void refuse(const Tensor &tensor, at::ScalarType dtype, int64_t size, Slot slot, int64_t layer) {
         TORCH_CHECK(false, "parameter ", int(slot), " of layer ", layer, " has changed its shape, dtype or device: ", size,

@@ -1,0 +1,120 @@
+"""Layers of one width whose parameters are stacked, and what stands in the place of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..stack_checks import Recipe
+
+
+class Run(nn.Module):
+    """Parameters of L layers [d, d]: weight [L, d, d], bias [L · d], and where learned skip_scale [L], branch_scale
+    [L] or [L · d].
+
+    What is a vector, or a number, of each layer lies flat, so that it is of one dimension as eager's are: rules that go
+    by that, as for weight decay, find the same.
+    """
+
+    def __init__(self, layers: range, recipe: Recipe, **factory: Any) -> None:
+        super().__init__()
+        L, d = len(layers), recipe.sizes[layers[0]]
+        self.layers = layers
+        self.width = d
+        self.name = f"{layers[0]}-{layers[-1]}"
+        self.weight = nn.Parameter(torch.empty(L, d, d, **factory))
+        self.bias = nn.Parameter(torch.empty(L * d, **factory))
+        shapes = ((), recipe.scale_shape(layers[0]))
+        starts = [recipe.scale_starts(i) for i in layers]
+        self._starts = tuple(zip(*starts, strict=True))
+        self.skip_scale, self.branch_scale = (
+            nn.Parameter(torch.empty(L, *shape, **factory).flatten()) if values[0] is not None else None
+            for shape, values in zip(shapes, self._starts, strict=True)
+        )
+        self.is_per_channel = recipe.learns_branch_scale == "channel"
+        self.reset_scales()
+
+    def reset_scales(self) -> None:
+        """The learned scales, each to where it starts."""
+        for scale, starts in zip((self.skip_scale, self.branch_scale), self._starts, strict=True):
+            if scale is not None:
+                with torch.no_grad():
+                    values = torch.tensor(starts, dtype=scale.dtype, device=scale.device)
+                    scale.copy_(values.repeat_interleave(scale.numel() // len(starts)))
+
+    def slices(self, name: str, stack: Tensor | None) -> Sequence[Tensor | None]:
+        """A tensor shaped as one of the parameters, layer by layer."""
+        if stack is None:
+            return [None] * len(self.layers)
+        is_flat = name == "bias" or (name == "branch_scale" and self.is_per_channel)
+        return (stack.view(-1, self.width) if is_flat else stack).unbind(0)
+
+    def stacked(self, slices: Sequence[Tensor]) -> Tensor:
+        """The other way: a weight from matrices, a flat tensor from vectors or numbers."""
+        stack = torch.stack(list(slices))
+        return stack if stack.dim() == 3 else stack.flatten()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={list(value.shape)}" for name, value in self.named_parameters())
+
+
+class LinearSlice(nn.Linear):
+    """One layer of a run as an nn.Linear: weight [d, d] and bias [d] are slices of the run's, to read, to call, or to
+    change in place; `.grad` of a slice is the gradient's. The parameter itself is the run's.
+    """
+
+    def __init__(self, run: Run, layer: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features = self.out_features = run.width
+        self.__dict__["_place"] = (run, layer - run.layers[0])  # not as a submodule: the run is its stack's
+        self.reset_parameters()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        run: Run = self.__dict__["_place"][0]
+        raise AttributeError(
+            f"{name} of a layer in a run is a slice of runs.{run.name}.{name}, to be changed in place, not replaced"
+        )
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The slices, for whoever asks this layer alone; a walk over all modules (recurse=False) finds the run's."""
+        if recurse:
+            for name in ("weight", "bias"):
+                yield f"{prefix}.{name}" if prefix else name, getattr(self, name)
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+
+def _slice(name: str) -> Callable[[LinearSlice], Tensor]:
+    def get(self: LinearSlice) -> Tensor:
+        run, place = self.__dict__["_place"]
+        parameter = getattr(run, name)
+        found = run.slices(name, parameter)[place]
+        if parameter.grad is not None:
+            found.grad = run.slices(name, parameter.grad)[place]
+        return found
+
+    return get
+
+
+for _name in ("weight", "bias"):
+    setattr(LinearSlice, _name, property(_slice(_name)))
+
+
+class StackLayer(nn.Sequential):
+    """φ(x Wᵀ + b), as eager's layer of that name; resolved_skip is what the stack adds: none, identity, projection."""
+
+    def __init__(self, linear: nn.Linear, activation: nn.Module, skip: str) -> None:
+        super().__init__(linear, activation)
+        self.resolved_skip = skip
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        if recurse:
+            yield from self[0].named_parameters(f"{prefix}.0" if prefix else "0")
