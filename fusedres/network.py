@@ -17,6 +17,7 @@ from .functional import is_any_autocast_enabled
 from .kernels.cpu import launch
 from .kernels.cpu.plan import encoded
 from .kernels.spec import NetworkSpec
+from .network_ops import differentiated_again
 
 Scale = float | Tensor | Sequence[float | Tensor | Sequence[float]]
 
@@ -128,6 +129,8 @@ class Network:
                 return self._general_call(x, training)
             way, keeps = known
             seeds = self._seeds(training) if training else None
+            if self._handle in differentiated_again and x.requires_grad and torch.is_grad_enabled():
+                return network_ops.differentiable(x, self._tensors, self.spec, seeds)
             return launch.run(self._handle or self._bind(), x, way, seeds, keeps)
         except RuntimeError:
             network_checks.check(x, self.spec, self._tensors, False)  # where it is the caller's mistake, in their words
@@ -143,7 +146,7 @@ class Network:
 
     def _bind(self) -> int:
         self._handle = launch.bind(self.spec, self._tensors)
-        weakref.finalize(self, launch.unbind, self._handle).atexit = False
+        weakref.finalize(self, _forget, self._handle).atexit = False
         return self._handle
 
     @property
@@ -215,6 +218,11 @@ class Network:
             spec = layer.spec if training else layer.spec._replace(drop_path=0.0)
             x = functional.call(layer.operands(x, own), spec, autocast)
         return x
+
+
+def _forget(handle: int) -> None:
+    differentiated_again.discard(handle)
+    launch.unbind(handle)
 
 
 class Described(Network):

@@ -7,6 +7,7 @@ again, batched, or looked at. Double backward differentiates the reference, as a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from . import dispatch, philox, reference
 from .kernels.cpu import launch, plan
-from .kernels.spec import NetworkSpec
+from .kernels.spec import ACTIVATIONS, NetworkSpec
 from .launch import way_index
 
 _ARGUMENTS = "Tensor x, Tensor[] parameters, Tensor? seeds, int[] codes, float[] numbers"
@@ -22,6 +23,7 @@ _LIBRARY = torch.library.Library("fusedres", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIBRARY.define(f"residual_network({_ARGUMENTS}) -> Tensor", tags=_TAGS)
 _LIBRARY.define(f"residual_network_backward(Tensor g, {_ARGUMENTS}, bool[] wanted) -> Tensor[]", tags=_TAGS)
+_LIBRARY.define(f"differentiable_backward(Tensor g, {_ARGUMENTS}, bool[] wanted, int network) -> Tensor[]")
 _LIBRARY.define("draw_seeds(int[] layers, int depth) -> Tensor", tags=(*_TAGS, torch.Tag.nondeterministic_seeded))
 
 
@@ -60,6 +62,37 @@ def _double_backward(
 
     _, pull = reference.vjp(gradients, *tensors)
     return pull(tuple(gg))
+
+
+# By the handle of the engine: the networks whose gradients have been differentiated again. Such a network does better
+# by the formula from its forward on, wherever x requires a gradient.
+differentiated_again: set[int] = set()
+
+_SMOOTH = {name: partial(launch.activate, activation=name) for name in ACTIVATIONS}
+
+
+def differentiable(x: Tensor, parameters: Sequence[Tensor], spec: NetworkSpec, seeds: Tensor | None) -> Tensor:
+    """y by PyTorch's products and sums, with the engine's activations in float32; in others PyTorch's are quicker."""
+    activations = _SMOOTH if x.dtype == torch.float32 else reference.ACTIVATIONS
+    return reference.network(x, parameters, spec, seeds, activations)
+
+
+@torch.library.impl(_LIBRARY, "differentiable_backward", "CompositeImplicitAutograd")
+def _differentiable_backward(
+    g: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    seeds: Tensor | None,
+    codes: Sequence[int],
+    numbers: Sequence[float],
+    wanted: Sequence[bool],
+    network: int,
+) -> list[Tensor]:
+    """The engine's node's backward, where that is to be differentiated."""
+    differentiated_again.add(network)
+    y = differentiable(x, parameters, plan.decoded(tuple(codes), tuple(numbers)), seeds)
+    inputs = [t for t, is_wanted in zip((x, *parameters), wanted, strict=True) if is_wanted]
+    return list(torch.autograd.grad(y, inputs, g, create_graph=True, materialize_grads=True))
 
 
 # ---------------------------------------------------------------------------------------------- operators

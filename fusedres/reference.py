@@ -5,7 +5,7 @@ z = x Wᵀ + b        y = λ s(x) + a φ(z)        or, with order="post",   y = 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,8 @@ from . import checks, philox, stack_checks
 from .kernels.spec import LayerSpec, NetworkSpec, Operands, Wanted
 
 vjp: Any = torch.func.vjp  # whose annotation is a union over has_aux
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Activations = Mapping[str, Callable[[Tensor], Tensor]]
+ACTIVATIONS: Activations = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": torch.relu,
@@ -29,10 +30,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def layer(operands: Operands, spec: LayerSpec) -> Tensor:
+def layer(operands: Operands, spec: LayerSpec, activations: Activations = ACTIVATIONS) -> Tensor:
     """y [..., N], with concat [..., S + N]."""
     x, weight, bias, residual, projection_weight, projection_bias, skip_scale, branch_scale, seed = operands
-    activation = ACTIVATIONS[spec.activation]
+    activation = activations[spec.activation]
     is_post = spec.order == "post"
 
     branch = F.linear(x, weight, bias)
@@ -56,13 +57,19 @@ def layer(operands: Operands, spec: LayerSpec) -> Tensor:
     return activation(total) if is_post else total
 
 
-def network(x: Tensor, parameters: Sequence[Tensor], spec: NetworkSpec, seeds: Tensor | None = None) -> Tensor:
+def network(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    spec: NetworkSpec,
+    seeds: Tensor | None = None,
+    activations: Activations = ACTIVATIONS,
+) -> Tensor:
     """y [..., d_L], layer after layer; seeds [layers] int64, without which no row drops."""
     for i, (bound, own) in enumerate(zip(spec.layers, spec.tensors(parameters), strict=True)):
         if seeds is None:
-            x = layer(bound.operands(x, own), bound.spec._replace(drop_path=0.0))
+            x = layer(bound.operands(x, own), bound.spec._replace(drop_path=0.0), activations)
         else:
-            x = layer(bound.operands(x, own, seeds[i]), bound.spec)
+            x = layer(bound.operands(x, own, seeds[i]), bound.spec, activations)
     return x
 
 

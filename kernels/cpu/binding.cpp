@@ -5,6 +5,7 @@
 #include <unordered_map>
 
 #include "node.h"
+#include "smooth.h"
 #include "tensors.h"
 
 namespace fusedres {
@@ -46,9 +47,8 @@ std::unordered_map<int64_t, std::shared_ptr<const Bound>> bound;
 int64_t next_handle = 1;
 
 int64_t bind(const Tensor &plan, const Parameters &parameters) {
-    auto network = std::make_shared<const Bound>(Bound{plan, listed(parameters)});
     std::lock_guard<std::mutex> lock(bound_mutex);
-    bound.emplace(next_handle, std::move(network));
+    bound.emplace(next_handle, std::make_shared<const Bound>(Bound{plan, listed(parameters), next_handle}));
     return next_handle++;
 }
 
@@ -86,6 +86,7 @@ TORCH_LIBRARY(fusedres_cpu, library) {
     library.def("unbind(int network) -> ()", fusedres::unbind);
     // An implementation for every key, autograd's too: it makes its node itself.
     library.def("run(int network, Tensor x, int way, Tensor? seeds=None, bool keep=True) -> Tensor", fusedres::run);
+    library.def("activate(Tensor z, int activation) -> Tensor", fusedres::smooth);
     library.def(
         "forward(Tensor plan, Tensor?[] parameters, Tensor x, Tensor? residual, Tensor? seeds, int way, bool[] wanted, "
         "bool keep) -> (Tensor, Tensor)");

@@ -1,4 +1,5 @@
 // float32, and bfloat16, which computes in it: together, since most of their code is the same.
+#include "derivatives.h"
 #include "engine.h"
 
 namespace fusedres {

@@ -62,6 +62,18 @@ struct Call {
 template <class T>
 void forward(const Call &call, void *y, void *kept);
 
+// Products of a derivative of φ (`derivatives.h`): p, or where v is given, dz and dfactors, each where not null.
+struct Products {
+    Activation activation;
+    int order;  // how often φ is differentiated, and how many factors there are
+    int64_t count;
+    int threads;
+    const float *z, *factors[2], *v;  // [count]
+    float *p, *dz, *dfactors[2];
+};
+
+void multiply(const Products &call);
+
 // Writes dx [M, K] and dresidual [M, N] dense, where not null, and the layers' gradients. g [M, N], rows ldg apart.
 // kept is what forward left there, or null: then backward computes it again, block by block.
 template <class T>

@@ -13,6 +13,7 @@ namespace {
 struct Bound {
     Tensor plan;
     std::vector<Tensor> parameters;
+    int64_t handle;
 };
 
 // One call of a network: all but its x.
@@ -45,7 +46,8 @@ class ResidualNetwork : public torch::autograd::Function<ResidualNetwork> {
         std::vector<Tensor> saved{run.bound.plan, x, run.seeds.value_or(Tensor()), std::move(kept)};
         saved.insert(saved.end(), parameters.begin(), parameters.end());
         context->save_for_backward(std::move(saved));
-        context->saved_data["call"] = c10::ivalue::Tuple::create(run.way, std::string(required.begin(), required.end()));
+        context->saved_data["call"] =
+            c10::ivalue::Tuple::create(run.way, std::string(required.begin(), required.end()), run.bound.handle);
         return y;
     }
 
@@ -63,7 +65,7 @@ class ResidualNetwork : public torch::autograd::Function<ResidualNetwork> {
         std::vector<Tensor> found;
         if (c10::GradMode::is_enabled() || !is_plain(g) || !is_plain(x)) {
             wanted.erase(wanted.begin() + 1);
-            found = by_operator(g, x, parameters, seeds, saved[PLAN], wanted);
+            found = by_operator(g, x, parameters, seeds, saved[PLAN], wanted, is_plain(g) && is_plain(x) ? call[2].toInt() : 0);
         } else {
             const std::string &given = call[1].toStringRef();
             const Wishes required(given.begin(), given.end());
@@ -76,14 +78,17 @@ class ResidualNetwork : public torch::autograd::Function<ResidualNetwork> {
     }
 
   private:
-    // The operator that autograd differentiates again, torch.vmap batches, and dispatch modes see.
+    // By the operator that torch.vmap batches and dispatch modes see; or, to be differentiated again, through the formula,
+    // told which network this is (0: by the operator).
     static std::vector<Tensor> by_operator(const Tensor &g, const Tensor &x, at::TensorList parameters,
                                            const std::optional<Tensor> &seeds, const Tensor &plan,
-                                           c10::ArrayRef<bool> wanted) {
+                                           c10::ArrayRef<bool> wanted, int64_t network) {
         const c10::List<bool> wishes(wanted);
         const auto [codes, numbers] = encoded(plan);
         std::vector<c10::IValue> stack{g, x, c10::List<Tensor>(parameters), seeds, codes, numbers, wishes};
-        c10::Dispatcher::singleton().findSchemaOrThrow("fusedres::residual_network_backward", "").callBoxed(stack);
+        if (network) stack.emplace_back(network);
+        const char *name = network ? "fusedres::differentiable_backward" : "fusedres::residual_network_backward";
+        c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(stack);
         const c10::List<Tensor> some = stack.at(0).toTensorList();
         std::vector<Tensor> found(wanted.size());
         for (size_t i = 0, next = 0; i < wanted.size(); i++)
