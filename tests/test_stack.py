@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import time
 from collections import OrderedDict
 from itertools import pairwise
 
@@ -613,3 +614,50 @@ def test_repr_and_explain(device, fused, capsys):
     assert "[4, 4, 4, …, 2], skip_scale=0.5" in repr(stack)
     assert "(0-38): Run(weight=[39, 4, 4], bias=[156])" in repr(stack)
     assert {call.backend for call in fusedres.explain(stack, torch.randn(5, 4, device=device))} == {fused}
+
+
+# ------------------------------------------------------------------------------------------------ stochastic depth
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("width", [6, 20, 140])
+@pytest.mark.parametrize(
+    "options", [{}, {"learn_branch_scale": "channel"}, {"learn_skip_scale": True}, {"order": "post"}], ids=str
+)
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_layers_that_the_whole_batch_drops(rows, width, options, backend):
+    fused, eager = twins([width] * 41, options | {"drop_path": 0.7})
+    x, g = torch.randn(rows, width), torch.randn(rows, width)
+    for _ in range(3):
+        ours, theirs = gradients(fused, x, g), gradients(eager, x, g)
+        idle = sum((theirs[f"layers.{i}.0.weight"] == 0).all().item() for i in range(40))
+        assert idle > 0
+        for name, value in theirs.items():
+            assert_close(ours[name], value, rtol=1e-3, atol=1e-4 * max(1.0, value.abs().max().item()))
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_a_stack_all_of_whose_layers_are_dropped(backend):
+    fused, _ = twins([8] * 4, {"drop_path": 0.999})
+    x = torch.randn(2, 8, requires_grad=True)
+    y = fused(x)
+    y.sum().backward()
+    assert torch.equal(y, x)
+    assert torch.equal(x.grad, torch.ones(2, 8))
+    assert all((p.grad == 0).all() for p in fused.parameters())
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_a_layer_that_the_whole_batch_drops_is_not_computed(backend):
+    def seconds(drop_path):
+        stack, _ = twins([256] * 201, {"drop_path": drop_path})
+        x = torch.randn(1, 256)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            with torch.no_grad():
+                stack(x)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds(0.99) < 0.4 * seconds(0.0)  # measured: 0.03

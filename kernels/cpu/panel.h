@@ -16,10 +16,6 @@ struct Rows {
     int64_t in_batch = first;  // the first one's index in the batch
 };
 
-inline bool is_kept(const Layer &layer, int64_t row) {
-    return !layer.drop_threshold || philox(layer.seed, uint64_t(row)) >= layer.drop_threshold;
-}
-
 template <class T>
 struct ForwardPanel {
     const T *h;  // [rows.padded, K]

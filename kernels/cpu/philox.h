@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "network.h"
+
 namespace fusedres {
 
 inline uint32_t philox(uint64_t seed, uint64_t row) {
@@ -19,6 +21,10 @@ inline uint32_t philox(uint64_t seed, uint64_t row) {
         k1 += 0xBB67AE85u;
     }
     return c0;
+}
+
+inline bool is_kept(const Layer &layer, int64_t row) {
+    return !layer.drop_threshold || philox(layer.seed, uint64_t(row)) >= layer.drop_threshold;
 }
 
 }  // namespace fusedres

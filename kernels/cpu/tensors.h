@@ -12,6 +12,7 @@
 #include "capabilities.h"
 #include "fresh.h"
 #include "network.h"
+#include "philox.h"
 
 namespace fusedres {
 namespace {
@@ -54,19 +55,19 @@ inline std::pair<c10::List<int64_t>, c10::List<double>> encoded(const Tensor &pl
 
 // The layers as the kernels read them: addresses of tensors that are contiguous, on the CPU, of one dtype.
 struct Network {
-    int64_t depth;
-    Buffer<Layer> layers;
+    int64_t depth = 0;
+    Buffer<Layer> layers;  // without those that change no row of this call
     std::vector<Tensor> copies;  // of parameters that are not contiguous, or not worth what their memory says
 
     // required: of what forward keeps memory for; empty for nothing.
-    Network(const Tensor &plan, at::TensorList parameters, at::ScalarType dtype, const std::optional<Tensor> &seeds,
+    Network(const Tensor &plan, at::TensorList parameters, const Tensor &x, const std::optional<Tensor> &seeds,
             at::TensorList gradients, c10::ArrayRef<bool> required)
-        : depth(plan.size(0)), layers(depth) {
-        const int64_t *words = plan.const_data_ptr<int64_t>();
+        : layers(plan.size(0)), dtype(x.scalar_type()) {
+        const int64_t *words = plan.const_data_ptr<int64_t>(), planned = plan.size(0);
         const int64_t *seed = seeds ? seeds->const_data_ptr<int64_t>() : nullptr;
-        for (int64_t l = 0; l < depth; l++, words += WORDS) {
-            if (l + AHEAD < depth) prefetch(words + AHEAD * WORDS, parameters);
-            Layer &layer = layers[l];
+        for (int64_t l = 0; l < planned; l++, words += WORDS) {
+            if (l + AHEAD < planned) prefetch(words + AHEAD * WORDS, parameters);
+            Layer &layer = layers[depth];
             layer = {};
             layer.N = words[N], layer.K = words[K];
             layer.activation = Activation(words[ACTIVATION]);
@@ -123,8 +124,32 @@ struct Network {
             layer.dbranch_scale = gradient(LEARNED_BRANCH_SCALE, layer.channel_scale ? layer.N : 1);
             layer.keeps_branch = is_required(LEARNED_BRANCH_SCALE);
             layer.keeps_skip = is_required(LEARNED_SKIP_SCALE);
+            const bool is_needed = depth == 0 && l + 1 == planned;  // there is to be one
+            if (is_needed || !seed || !is_passed_by(layer, x.numel() / std::max<int64_t>(words[K], 1), slots[LEARNED_SKIP_SCALE] >= 0))
+                depth++;
+            else
+                clear_gradients(layer);
         }
     }
+
+    // Whether every row loses its branch, and what is left is the row as it came.
+    static bool is_passed_by(const Layer &layer, int64_t M, bool learns_skip_scale) {
+        if (!layer.drop_threshold || layer.skip != Skip::identity || layer.activates_sum()) return false;
+        if (learns_skip_scale || layer.skip_scale != 1) return false;
+        for (int64_t row = 0; row < M; row++)
+            if (is_kept(layer, row)) return false;
+        return true;
+    }
+
+    void clear_gradients(const Layer &layer) const {
+        auto clear = [&](void *to, int64_t count) {
+            if (to) std::memset(to, 0, size_t(count) * size_t(c10::elementSize(dtype)));
+        };
+        clear(layer.dweight, layer.N * layer.K), clear(layer.dbias, layer.N);
+        clear(layer.dbranch_scale, layer.channel_scale ? layer.N : 1);
+    }
+
+    at::ScalarType dtype;
 
     // What a deep network's tensors say of themselves is spread over more memory than its weights take.
     static constexpr int64_t AHEAD = 4;
@@ -221,7 +246,7 @@ inline Tensor output_like(const Tensor &x, int64_t columns) {
 
 inline Tensor run_forward(const Tensor &plan, at::TensorList parameters, const Tensor &x, const std::optional<Tensor> &residual,
                           const std::optional<Tensor> &seeds, int64_t way, c10::ArrayRef<bool> required, Tensor *kept) {
-    const Network network(plan, parameters, x.scalar_type(), seeds, {}, required);
+    const Network network(plan, parameters, x, seeds, {}, required);
     const Arguments arguments(network, x, residual, way);
     Tensor y = output_like(x, network.layers[network.depth - 1].N);
     by_dtype(x.scalar_type(), [&](auto type) {
@@ -242,7 +267,7 @@ inline std::vector<Tensor> run_backward(const Tensor &plan, at::TensorList param
     if (wanted[0]) found[0] = fresh(x.sizes(), x.scalar_type());
     if (wanted[1] && residual) found[1] = fresh(residual->sizes(), residual->scalar_type());
     fresh_like(parameters, wanted.slice(2), found.data() + 2);
-    const Network network(plan, parameters, x.scalar_type(), seeds, at::TensorList(found).slice(2), required);
+    const Network network(plan, parameters, x, seeds, at::TensorList(found).slice(2), required);
     const Arguments arguments(network, x, residual, way);
     int64_t ldg;
     const Tensor rows = rows_of(g, &ldg);
