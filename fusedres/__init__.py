@@ -7,6 +7,7 @@ from .gradients import GradientComparison, GradientProfile, compare_gradients, g
 from .modules import FusedResidualLinear
 from .network import Network
 from .stack import FusedResidualStack
+from .warming import warmup
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,5 @@ __all__ = [
     "functional",
     "gradient_profile",
     "reference",
+    "warmup",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `python -m fusedres demo` and `build`."""
+"""The command line: `python -m fusedres demo`, `study` and `build`."""
 
 from __future__ import annotations
 
@@ -31,20 +31,47 @@ def _build(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def _study(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    device = _device(options)
+    if device is None:
+        return 2
+    if device == "cuda":
+        _set_interpreter(False, arguments)
+
+    import torch
+
+    from .studies import depth
+
+    try:
+        return depth.run(options.out, options.steps, options.seeds, torch.device(device))
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _device(options: argparse.Namespace) -> str | None:
+    """Where to run; None, after a line that says so, where that is not there."""
     import torch
 
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
         print("--device cuda: torch sees no CUDA device here", file=sys.stderr)
+        return None
+    return options.device or ("cuda" if has_gpu else "cpu")
+
+
+def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    device = _device(options)
+    if device is None:
         return 2
-    device = options.device or ("cuda" if has_gpu else "cpu")
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         from . import native
 
         _set_interpreter(native.missing() is not None, arguments)
     elif device == "cuda":
         _set_interpreter(False, arguments)
+
+    import torch
 
     from .studies import demo
 
@@ -80,6 +107,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     demo.add_argument("--epochs", metavar="N", type=_positive, default=5, help="epochs of training [%(default)s]")
     demo.add_argument("--seed", metavar="S", type=int, default=0, help="seed of every draw [%(default)s]")
     demo.add_argument("--device", choices=("cpu", "cuda"), help="where to run [a GPU where there is one]")
+    study = commands.add_parser("study", help="a write-up's claim, measured: a table, a picture, a verdict")
+    study.set_defaults(command=_study)
+    study.add_argument("name", choices=("depth",), help="depth: 20, 56 and 1000 layers on digits, plain and residual")
+    study.add_argument("--steps", metavar="N", type=_positive, default=600, help="of each training [%(default)s]")
+    study.add_argument("--seeds", metavar="N", type=_positive, default=3, help="trainings of each [%(default)s]")
+    study.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("fusedres-study"),
+        help="folder for the picture and the data [%(default)s]",
+    )
+    study.add_argument("--device", choices=("cpu", "cuda"), help="where to run [a GPU where there is one]")
     return parser.parse_args(arguments)
 
 

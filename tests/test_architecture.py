@@ -38,11 +38,12 @@ ARROWS = {
     },
     "stack": {"dispatch", "network", "reference", "stack_checks"},
     "gradients": set(),
+    "warming": set(),
     "studies": {"functional", "reference", "gradients", "modules", "stack", "dispatch", "explanation", ""},
     "cli": {"native", "toolchain", "studies", ""},
     "__main__": {"cli"},
     # fusedres/__init__.py
-    "": {"functional", "reference", "dispatch", "explanation", "gradients", "modules", "network", "stack"},
+    "": {"functional", "reference", "dispatch", "explanation", "gradients", "modules", "network", "stack", "warming"},
 }
 # what kernels may import from outside, besides the future
 OUTSIDE = {"kernels": {"torch", "triton", "typing", "collections", "functools"}}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette. Line styles and markers differ besides, for print without colour.
 BLUE, SKY, VERMILION, GREY = "#0072B2", "#56B4E9", "#D55E00", "#555555"
+INCHES_PER_LABEL = 2.6  # of a legend
 MOST_LABELS = 26  # more names than this cannot be read side by side
 
 
@@ -92,7 +93,8 @@ def save(figure: Figure, path: str | PathLike[str]) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5, frameon=False)
+    columns = max(1, int(figure.get_figwidth() / INCHES_PER_LABEL))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=200)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -23,6 +23,7 @@ from ..gradients import GradientComparison, compare_gradients, picture
 from ..modules import FusedResidualLinear
 from ..reference import ProjectionStack, ShapeGatedStack
 from ..stack import FusedResidualStack
+from . import digits
 
 # Relative to a parameter's largest gradient. Fused and eager sum in fp32 in different orders, some 1e-7 apart at each
 # of up to 13 layers: 1e-5 in all, in most seeds. A wrong formula or a lost tile is off by 1e-2 and more.
@@ -179,7 +180,7 @@ def train_both(epochs: int, seed: int, device: torch.device) -> dict[str, Traini
         why = "the interpreter is too slow to train with" if isinstance(choice, Triton) else choice.because
         print(f"No kernels here: {why}, so both run the eager formula.")
         print("That the curves coincide is expected then, and the times say nothing about the kernels.")
-    images, labels, held_out_images, held_out_labels = _digits(seed, device)
+    images, labels, held_out_images, held_out_labels = digits.load(seed, device)
     models = {name: _classifier(layer, seed).to(device) for name, layer in _LAYERS.items()}
     optimizers = {name: torch.optim.AdamW(model.parameters(), LEARNING_RATE) for name, model in models.items()}
     trainings = {name: Training() for name in models}
@@ -194,7 +195,7 @@ def train_both(epochs: int, seed: int, device: torch.device) -> dict[str, Traini
         for epoch in range(epochs):
             # Neither always goes first: what the machine does meanwhile falls on both.
             for name in list(models)[:: 1 if epoch % 2 == 0 else -1]:
-                batches = _batches(len(images), seed + epoch, device)
+                batches = digits.batches(len(images), BATCH, seed + epoch, device)
                 start = _now(device)
                 losses = [_step(models[name], optimizers[name], images[rows], labels[rows]) for rows in batches]
                 trainings[name].seconds += _now(device) - start
@@ -214,23 +215,6 @@ def train_both(epochs: int, seed: int, device: torch.device) -> dict[str, Traini
 def _classifier(layer: Callable[[int, int], nn.Module], seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(layer(64, WIDTH), *(layer(WIDTH, WIDTH) for _ in range(DEPTH)), nn.Linear(WIDTH, 10))
-
-
-def _digits(seed: int, device: torch.device) -> list[Tensor]:
-    """Images [n, 64] and labels [n] to train with, then a fifth of them held out."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images, labels = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
-    train, held_out = train_test_split(torch.arange(len(labels)), test_size=0.2, random_state=seed, stratify=labels)
-    return [part.to(device) for rows in (train, held_out) for part in (images[rows], labels[rows])]
-
-
-def _batches(n: int, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Rows of whole batches in an order of their own for every seed."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    yield from order[: n // BATCH * BATCH].to(device).split(BATCH)
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
