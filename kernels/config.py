@@ -21,3 +21,18 @@ class Tiles(NamedTuple):
     forward: Tile
     dz: Tile
     dx: Tile
+
+
+class StackTile(NamedTuple):
+    """BLOCK_M rows per program, whole rows: their columns are padded to a power of two."""
+
+    BLOCK_M: int
+    warps: int
+    stages: int
+
+
+class StackTiles(NamedTuple):
+    """The tiles of a run's two kernels."""
+
+    forward: StackTile
+    backward: StackTile

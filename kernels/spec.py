@@ -6,7 +6,7 @@ The lowest floor: the kernels, the reference and the dispatcher all speak these.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -153,3 +153,27 @@ class NetworkSpec:
     def dropping(self) -> list[int]:
         """The layers that drop rows while training."""
         return [i for i, layer in enumerate(self.layers) if layer.spec.drop_path > 0]
+
+
+class Run(NamedTuple):
+    """L layers in a row of equal width d and of one kind, their skip identity or none.
+
+    weight [L, d, d], bias [L, d]. Scales are one number for all layers, or [L]; branch_scale [L, d] too. Where rows are
+    dropped, seeds [L] int64; threshold and keep_scale as `LayerSpec` has them, or [L] int64 and [L]. All on one device.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    skip_scale: Tensor | float = 1.0
+    branch_scale: Tensor | float = 1.0
+    seeds: Tensor | None = None
+    threshold: Tensor | int = 0
+    keep_scale: Tensor | float = 1.0
+    activation: str = "gelu"
+    order: str = "pre"
+    has_skip: bool = True
+
+    def layers(self, first: int, last: int) -> Run:
+        """Layers first, …, last - 1."""
+        parts: dict[str, Any] = {k: v[first:last] for k, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**parts)

@@ -1,0 +1,189 @@
+"""A run of L residual layers of equal width, forward, in one kernel.
+
+    z_l = h_l w_lᵀ + b_l        h_{l+1} = λ_l h_l + a_l drop(φ(z_l))        IS_POST: φ(λ_l h_l + a_l drop(z_l))
+    h_0 = x [M, d]   y = h_L [M, d]   w [L, d, d]   b [L, d]
+    λ one number or [L], no such term without HAS_SKIP;  a one number, [L] or [L, d];  drop: stochastic depth by rows
+    kept [(L - 1) // every, M, d] = h_every, h_2·every, …, for backward, where it is given
+
+A program owns BLOCK_M rows and takes them through all layers in registers, where each h_l is rounded to x's type, as if
+every layer were a kernel of its own. WIDTH is d, BLOCK_D the power of two that it is padded to; padding is 0 in every
+operand, so that NaN stays in its row.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..config import StackTile
+from ..spec import Run
+from .activations import activate
+from .layer import rows, vector
+from .philox import drop_rows, keeps_row
+from .tile import add_bias, store
+
+
+@triton.jit(do_not_specialize=["M", "L", "every", "lam", "a", "threshold", "keep_scale"])
+def _forward_kernel(
+    y_ptr, kept_ptr, x_ptr, stride_xm, w_ptr, b_ptr,
+    lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
+    M, L, every,
+    ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, HAS_SKIP: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # place: this program owns rows m
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_D).to(tl.int64)
+    in_m, in_n = m < M, n < WIDTH
+    size = tl.cast(M, tl.int64) * WIDTH
+
+    # climb: the rows stay, each layer's weights come to them
+    h = operand(x_ptr, stride_xm, m, n, in_m, in_n)
+    for layer in range(L):
+        if kept_ptr is not None:
+            if (layer > 0) & (layer % every == 0):
+                store(kept_ptr + (layer // every - 1) * size, WIDTH, m, n, in_m, in_n, h)
+        h = climb(
+            h, layer, m, n, in_m, in_n, w_ptr, b_ptr,
+            lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
+            ACTIVATION, IS_POST, HAS_SKIP, IS_PER_CHANNEL, PRECISION, WIDTH,
+        )  # fmt: skip
+    store(y_ptr, WIDTH, m, n, in_m, in_n, h)
+
+
+@triton.jit
+def climb(
+    h, layer, m, n, in_m, in_n, w_ptr, b_ptr,
+    lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
+    ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, HAS_SKIP: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """h_{layer+1} of the rows m from their h_l."""
+    w = weight(w_ptr, layer, n, in_n, WIDTH)
+    a = branch_scale(a_ptr, a, layer, n, in_n, IS_PER_CHANNEL, WIDTH)
+
+    # branch: a tile that drops all its rows multiplies nothing
+    if seed_ptr is None:
+        z = product(h, w, b_ptr, layer, n, in_n, PRECISION, WIDTH)
+        y = a * (z if IS_POST else activate(z, ACTIVATION))
+    else:
+        seed, threshold = tl.load(seed_ptr + layer), of_layer(threshold_ptr, threshold, layer)
+        y = tl.zeros(h.shape, tl.float32)
+        if keeps_any(m, in_m, seed, threshold):
+            z = product(h, w, b_ptr, layer, n, in_n, PRECISION, WIDTH)
+            y = a * (z if IS_POST else activate(z, ACTIVATION))
+            y = drop_rows(y, m, seed, threshold, of_layer(keep_scale_ptr, keep_scale, layer))
+
+    # finish: skip and activation
+    if HAS_SKIP:
+        y += of_layer(lam_ptr, lam, layer) * h.to(tl.float32)
+    if IS_POST:
+        y = activate(y, ACTIVATION)
+    return unpadded(y, in_n, WIDTH).to(h.dtype)
+
+
+@triton.jit
+def operand(ptr, stride_m, m, n, in_m, in_n):
+    """A tile of rows in the type it has in memory, 0 outside it."""
+    return tl.load(ptr + m[:, None] * stride_m + n[None, :], mask=in_m[:, None] & in_n[None, :], other=0.0)
+
+
+@triton.jit
+def weight(w_ptr, layer, n, in_n, WIDTH: tl.constexpr):
+    """w_l [BLOCK_D, BLOCK_D], output features first."""
+    return operand(w_ptr + layer * tl.cast(WIDTH * WIDTH, tl.int64), WIDTH, n, n, in_n, in_n)
+
+
+@triton.jit
+def product(h, w, b_ptr, layer, n, in_n, PRECISION: tl.constexpr, WIDTH: tl.constexpr):
+    """z_l in fp32, 0 in its padding."""
+    z = tl.dot(h, tl.trans(w), input_precision=PRECISION)
+    return unpadded(add_bias(z, b_ptr, layer * WIDTH + n, in_n), in_n, WIDTH)
+
+
+@triton.jit
+def unpadded(tile, in_n, WIDTH: tl.constexpr):
+    """0 in the columns that pad it, where a row's NaN or infinity times the weights' padding has left NaN."""
+    if tile.shape[1] == WIDTH:
+        return tile
+    else:
+        return tl.where(in_n[None, :], tile, 0.0)
+
+
+@triton.jit
+def of_layer(ptr, value, layer):
+    """A layer's own number from memory, or the one that all layers share."""
+    if ptr is not None:
+        return tl.load(ptr + layer)
+    else:
+        return value
+
+
+@triton.jit
+def branch_scale(a_ptr, a, layer, n, in_n, IS_PER_CHANNEL: tl.constexpr, WIDTH: tl.constexpr):
+    """The branch's scale, shaped to multiply a tile: a layer's number, or one per column."""
+    if IS_PER_CHANNEL:
+        return tl.load(a_ptr + layer * WIDTH + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    else:
+        return of_layer(a_ptr, a, layer)
+
+
+@triton.jit
+def keeps_any(m, in_m, seed, threshold):
+    """Whether any row of a tile keeps its branch."""
+    return tl.max((keeps_row(m, seed, threshold) & in_m).to(tl.int32), axis=0) > 0
+
+
+def forward(
+    x: Tensor, run: Run, tile: StackTile, precision: str, keep_every: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, d], and kept [(L - 1) // keep_every, M, d] where something is to be kept."""
+    (M, d), L = x.shape, run.weight.shape[0]
+    y = x.new_empty(M, d)
+    kept = None if keep_every is None else x.new_empty((L - 1) // keep_every, M, d)
+    forward_into(y, kept, x, run, tile, precision, keep_every or 1)
+    return y, kept
+
+
+def forward_into(
+    y: Tensor, kept: Tensor | None, x: Tensor, run: Run, tile: StackTile, precision: str, every: int
+) -> None:
+    """The same into memory that is there, dense matrices."""
+    (M, d), L = x.shape, run.weight.shape[0]
+    x = rows(x)
+    _forward_kernel[(triton.cdiv(M, tile.BLOCK_M),)](
+        y, kept, x, x.stride(0), *parameters(run),
+        M, L, every,
+        **options(run), PRECISION=precision, WIDTH=d, BLOCK_M=tile.BLOCK_M, BLOCK_D=padded(d),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def parameters(run: Run) -> tuple[Tensor | float | None, ...]:
+    """What both kernels are given of a run: dense tensors, and numbers in the place of those that it has not."""
+
+    def split(value: Tensor | float) -> tuple[Tensor | None, float]:
+        return (value.contiguous(), 0) if isinstance(value, Tensor) else (None, value)
+
+    return (
+        run.weight.contiguous(),
+        vector(run.bias),
+        *split(run.skip_scale),
+        *split(run.branch_scale),
+        run.seeds,
+        *split(run.threshold),
+        *split(run.keep_scale),
+    )
+
+
+def options(run: Run) -> dict[str, str | bool]:
+    return {
+        "ACTIVATION": run.activation,
+        "IS_POST": run.order == "post",
+        "HAS_SKIP": run.has_skip,
+        "IS_PER_CHANNEL": isinstance(run.branch_scale, Tensor) and run.branch_scale.dim() == 2,
+    }
+
+
+def padded(d: int) -> int:
+    """The power of two that a width is padded to: products have no fewer than 16 columns."""
+    return max(16, triton.next_power_of_2(d))
