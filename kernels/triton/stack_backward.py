@@ -112,16 +112,16 @@ def descend(
     w = weight(w_ptr, layer, n, in_n, WIDTH)
     a = branch_scale(a_ptr, a, layer, n, in_n, IS_PER_CHANNEL, WIDTH)
     lam = of_layer(lam_ptr, lam, layer)
-    multiplies = True
+    turns = 1
     if seed_ptr is not None:
         seed, threshold = tl.load(seed_ptr + layer), of_layer(threshold_ptr, threshold, layer)
         keep_scale = of_layer(keep_scale_ptr, keep_scale, layer)
-        multiplies = keeps_any(m, in_m, seed, threshold)
+        turns = keeps_any(m, in_m, seed, threshold)
 
-    # recall: z; a tile that drops all its rows multiplies nothing
+    # recall: z, in no turn where the tile drops all its rows, else in one
     if NEEDS_Z:
         z = tl.zeros(h.shape, tl.float32)
-        if multiplies:
+        for _ in range(turns):
             z = product(h, w, b_ptr, layer, n, in_n, PRECISION, WIDTH)
 
     # post: through the activation first, so that g is the gradient of the sum in either order
@@ -153,7 +153,7 @@ def descend(
         store(dz_ptr + layer * size, WIDTH, m, n, in_m, in_n, dz_operand)
 
     # products: dw, and what goes on down
-    if multiplies:
+    for _ in range(turns):
         if dw_ptr is not None:
             dw = tl.dot(tl.trans(dz_operand), h, input_precision=PRECISION)
             own = dw_ptr + row * (WIDTH * WIDTH) + n[:, None] * WIDTH + n[None, :]
