@@ -6,6 +6,7 @@ do not depend on the batch around it within a class, and no new batch size compi
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from . import native
-from .kernels.config import Tile, Tiles
+from .kernels.config import StackTile, StackTiles, Tile, Tiles
 from .kernels.spec import WAYS, LayerSpec, Operands
 
 SKINNY = 64  # rows, up to which a layer reads its weights rather than its rows
@@ -281,6 +282,60 @@ _SKINNY = {False: _Shape(16, 64, 32, 4), True: _Shape(16, 64, 16, 4)}  # by is_e
 
 def _power_of_two(size: int, smallest: int, largest: int) -> int:
     return min(largest, max(smallest, 1 << (size - 1).bit_length()))
+
+
+# Likewise for runs of layers: (kind of product, width padded to a power of two) -> forward, backward. fp32 without tf32
+# goes few rows at a time. Backward of 128 columns does not sum dw: 128 x 128 of it would fill the registers.
+_STACKS = {
+    ("half", 16): StackTiles(StackTile(128, 4, 3), StackTile(128, 8, 2)),
+    ("half", 32): StackTiles(StackTile(128, 4, 3), StackTile(128, 8, 2)),
+    ("half", 64): StackTiles(StackTile(128, 8, 3), StackTile(64, 8, 2)),
+    ("half", 128): StackTiles(StackTile(64, 8, 3), StackTile(32, 8, 2)),
+    ("tf32", 16): StackTiles(StackTile(128, 8, 3), StackTile(64, 8, 2)),
+    ("tf32", 32): StackTiles(StackTile(128, 8, 3), StackTile(64, 8, 2)),
+    ("tf32", 64): StackTiles(StackTile(64, 8, 3), StackTile(32, 8, 2)),
+    ("tf32", 128): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 1)),
+    ("exact", 16): StackTiles(StackTile(64, 8, 2), StackTile(32, 8, 1)),
+    ("exact", 32): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 1)),
+    ("exact", 64): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 1)),
+    ("exact", 128): StackTiles(StackTile(16, 8, 2), StackTile(16, 8, 1)),
+}
+STACK_UP_TO = 128  # the width up to which there are tiles that do not spill
+STACK_SUMS_UP_TO = 64  # the width up to which a run's backward sums dw itself, in at most
+STACK_SUMS_BYTES = 256 << 20  # of partial sums; else dz goes through memory to a product over rows
+STACK_KEPT_UP_TO = 1 << 30  # bytes of rows between layers that are kept for backward, with recompute="auto"
+
+
+def stack_tiles(d: int, dtype: torch.dtype, precision: str, target: str, is_skinny: bool) -> StackTiles | None:
+    """The tiles of a run of layers of width d, or None where it goes layer by layer."""
+    if d > STACK_UP_TO:
+        return None
+    kind = "half" if dtype.itemsize == 2 else "tf32" if precision == "tf32" else "exact"
+    tiles = _STACKS[kind, _power_of_two(d, 16, STACK_UP_TO)]
+    return StackTiles(*(_stack_tile(tile, target, is_skinny) for tile in tiles))
+
+
+def _stack_tile(tile: StackTile, target: str, is_skinny: bool) -> StackTile:
+    rows = 16 if is_skinny else tile.BLOCK_M
+    return StackTile(rows, tile.warps, min(tile.stages, 2) if target == "hip" else tile.stages)
+
+
+def stack_keeps(L: int, M: int, d: int, dtype: torch.dtype, recompute: bool | str) -> int:
+    """Every how many layers a run keeps its rows for backward: 1, or what leaves the least in memory at a time."""
+    if recompute is False or (recompute == "auto" and (L - 1) * M * d * dtype.itemsize <= STACK_KEPT_UP_TO):
+        return 1
+    return math.isqrt(L - 1) + 1  # ⌈√L⌉
+
+
+def stack_sums_weight(L: int, d: int, multiprocessors: int) -> bool:
+    """Whether a run's backward sums dw itself: if every multiprocessor can have partial sums of its own."""
+    return d <= STACK_SUMS_UP_TO and multiprocessors * L * d * d * 4 <= STACK_SUMS_BYTES
+
+
+def stack_programs(M: int, L: int, d: int, tile: StackTile, sums_weight: bool, multiprocessors: int) -> int:
+    """How many programs share a run's backward: two to a multiprocessor, as far as their partial sums go."""
+    partial = L * 4 * d * (d + 3 if sums_weight else 3)
+    return max(1, min(-(-M // tile.BLOCK_M), 2 * multiprocessors, STACK_SUMS_BYTES // partial))
 
 
 def is_switched() -> bool:

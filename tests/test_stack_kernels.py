@@ -1,0 +1,363 @@
+"""Runs of layers in one kernel, by their launchers: outputs and every gradient against float64, and the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from test_layer import transposed
+from tolerances import rule_for
+from torch import Tensor
+
+from fusedres import dispatch, reference
+from fusedres.kernels.config import StackTile, StackTiles, Tile
+from fusedres.kernels.spec import ACTIVATIONS, LayerSpec, Operands, Run, Wanted
+from fusedres.kernels.triton import layer, stack, stack_backward
+
+pytestmark = pytest.mark.backends("triton")
+SMALL = StackTile(16, 4, 2)
+NAMES = ("weight", "bias", "skip_scale", "branch_scale")
+on_every_dtype = pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.float16,
+        pytest.param(torch.bfloat16, marks=pytest.mark.gpu),  # Triton's interpreter computes bf16 wrongly
+    ],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: its shape and options; scales "layer" and "channel" are learned, numbers are not."""
+
+    d: int = 17
+    L: int = 3
+    M: int = 19
+    dtype: torch.dtype = torch.float32
+    activation: str = "gelu"
+    order: str = "pre"
+    has_skip: bool = True
+    skip_scale: float | str = "layer"
+    branch_scale: float | str = "channel"
+    bias: bool = True
+    drop_path: tuple[float, ...] = ()  # of each layer, or of all
+    keep_every: int = 1
+    sums_weight: bool = True
+    programs: int = 2
+
+    def run(self, device: str) -> tuple[Tensor, Run]:
+        """x and the run: weights scale as 1 / √d, so that rows stay near one."""
+        L, d = self.L, self.d
+
+        def make(*shape: int) -> Tensor:
+            return torch.randn(*shape).to(device, self.dtype)
+
+        p = torch.tensor(self.drop_path, dtype=torch.float64)
+        run = Run(
+            weight=(torch.randn(L, d, d) * d**-0.5).to(device, self.dtype),
+            bias=make(L, d) if self.bias else None,
+            skip_scale=make(L) if self.skip_scale == "layer" else self.skip_scale,
+            branch_scale={"layer": make(L), "channel": make(L, d)}.get(self.branch_scale, self.branch_scale),
+            activation=self.activation,
+            order=self.order,
+            has_skip=self.has_skip,
+        )
+        if self.drop_path:
+            run = run._replace(
+                seeds=torch.randint(2**63 - 1, (L,)).to(device),
+                threshold=(p * 2**32).round().long().to(device) if len(p) == L else round(p.item() * 2**32),
+                keep_scale=(1 / (1 - p)).float().to(device) if len(p) == L else 1 / (1 - p.item()),
+            )
+        return make(self.M, d), run
+
+    def layers(self, h: Tensor, run: Run) -> Tensor:
+        """The specification, applied layer by layer."""
+        for i in range(self.L):
+            own = run.layers(i, i + 1)
+            learned = {name: t[0] for name in NAMES if isinstance(t := getattr(own, name), Tensor)}
+            numbers = {
+                name: value
+                for name in ("skip_scale", "branch_scale")
+                if not isinstance(value := getattr(own, name), Tensor)
+            }
+            p = self.drop_path[i % len(self.drop_path)] if self.drop_path else 0.0
+            spec = LayerSpec(
+                self.activation, self.order, "identity" if self.has_skip else "none", drop_path=p, **numbers
+            )
+            h = reference.layer(Operands(h, **learned, seed=None if run.seeds is None else run.seeds[i].cpu()), spec)
+        return h
+
+
+def learned(run: Run) -> dict[str, Tensor]:
+    return {
+        name: t
+        for name in NAMES
+        if isinstance(t := getattr(run, name), Tensor) and (name != "skip_scale" or run.has_skip)
+    }
+
+
+def everything(run: Run) -> Wanted:
+    names = {"x", *learned(run)}
+    return Wanted(*(name in names for name in Wanted._fields))
+
+
+def fused(case: Case, x: Tensor, run: Run, g: Tensor, tile: StackTile = SMALL) -> dict[str, Tensor]:
+    """What the launchers give: y and every gradient."""
+    y, kept = stack.forward(x, run, tile, "ieee", case.keep_every)
+    assert kept.shape == ((case.L - 1) // case.keep_every, case.M, case.d)
+    found = stack_backward.backward(
+        g, x, kept, run, everything(run), StackTiles(tile, tile), "ieee",
+        case.keep_every, case.programs, case.sums_weight,
+    )  # fmt: skip
+    return {"y": y, **{f"d{name}": t for name, t in found._asdict().items() if t is not None}}
+
+
+def by_layers(case: Case, x: Tensor, run: Run, g: Tensor) -> dict[str, Tensor]:
+    """What autograd gives for the specification."""
+    leaves = {"x": x.detach().requires_grad_()} | {k: t.detach().requires_grad_() for k, t in learned(run).items()}
+    y = case.layers(leaves["x"], run._replace(**{k: t for k, t in leaves.items() if k != "x"}))
+    found = torch.autograd.grad(y, list(leaves.values()), g.to(y.dtype))
+    return {"y": y.detach(), **{f"d{name}": t for name, t in zip(leaves, found, strict=True)}}
+
+
+def widened(run: Run) -> Run:
+    return run._replace(**{name: t.double() for name in NAMES if isinstance(t := getattr(run, name), Tensor)})
+
+
+def check(case: Case, device: str, layout: Callable[[Tensor], Tensor] = lambda g: g, tile: StackTile = SMALL) -> None:
+    x, run = case.run(device)
+    g = layout(torch.randn(case.M, case.d).to(device, case.dtype))
+    ours, eager = fused(case, x, run, g, tile), by_layers(case, x, run, g)
+    truth = by_layers(case, x.double(), widened(run), g.double())
+    assert ours.keys() == truth.keys()
+    most = max(case.drop_path, default=0.0)
+    for name in truth:
+        terms = max(1.0, case.M * case.d * case.L / truth[name].numel()) / (1 - most)
+        rule_for(case.dtype, name).check(name, ours[name], eager[name], truth[name], terms)
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+MEMORY: dict[str, dict[str, Any]] = {
+    "keep": {},
+    "keep-dz": {"sums_weight": False},
+    "every-third": {"keep_every": 3},
+    "every-third-dz": {"keep_every": 3, "sums_weight": False},
+}
+on_every_memory = pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
+
+
+@on_every_dtype
+@pytest.mark.parametrize("has_skip", [True, False], ids=["skip", "no-skip"])
+@pytest.mark.parametrize("order", ["pre", "post"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_order_and_skip(activation, order, has_skip, dtype, device):
+    if activation == "relu" and dtype != torch.float32:
+        pytest.skip("rounding a z near 0 turns relu's slope over: test_exact.py has relu in half precision")
+    check(Case(dtype=dtype, activation=activation, order=order, has_skip=has_skip), device)
+
+
+@on_every_memory
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("branch_scale", [1.0, -0.5, "layer", "channel"])
+@pytest.mark.parametrize("skip_scale", [0.7, "layer"])
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_every_scale_and_memory_policy(order, skip_scale, branch_scale, bias, memory, device):
+    check(Case(L=4, order=order, skip_scale=skip_scale, branch_scale=branch_scale, bias=bias, **memory), device)
+
+
+@on_every_memory
+@on_every_dtype
+@pytest.mark.parametrize(("d", "L", "M"), [(1, 5, 19), (3, 2, 1), (17, 5, 83), (64, 5, 1), (100, 2, 19), (128, 1, 19)])
+def test_every_size(d, L, M, dtype, memory, device):
+    """Up to six tiles of rows, three to a program."""
+    check(Case(d, L, M, dtype, activation="tanh", **memory), device)
+
+
+@on_every_memory
+@pytest.mark.parametrize("drop_path", [(0.4,), (0.0, 0.9, 0.3, 0.6)], ids=["one", "per-layer"])
+@pytest.mark.parametrize(("order", "has_skip"), [("pre", True), ("post", True), ("pre", False)])
+def test_stochastic_depth(order, has_skip, drop_path, memory, device):
+    check(Case(L=4, M=35, order=order, has_skip=has_skip, drop_path=drop_path, **memory), device)
+
+
+@pytest.mark.parametrize("sums_weight", [True, False], ids=["sums", "dz"])
+def test_a_tile_that_drops_all_its_rows_multiplies_nothing(sums_weight, device):
+    """Its dropped layer's weights are NaN, and reach neither its rows nor any gradient but g · 0."""
+    case = Case(L=3, M=16, drop_path=(0.0, 1 - 2**-20, 0.0), sums_weight=sums_weight)
+    x, run = case.run(device)
+    g = torch.randn(16, 17, device=device)
+    broken = run._replace(weight=run.weight.clone())
+    broken.weight[1] = float("nan")
+    expected, ours = fused(case, x, run, g), fused(case, x, broken, g)
+    same(ours, expected)
+    assert ours["y"].isfinite().all()
+    assert ours["dweight"][1].abs().sum() == ours["dbias"][1].abs().sum() == ours["dbranch_scale"][1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("keep_every", [1, 2])
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "one-column-expanded"])
+def test_every_layout_of_the_incoming_gradient(layout, keep_every, device):
+    laid_out = {
+        "expanded": lambda g: g[0, 0].expand_as(g),
+        "one-column-expanded": lambda g: g[:, :1].expand_as(g),
+        "transposed": transposed,
+    }[layout]
+    check(Case(keep_every=keep_every), device, laid_out)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_every_layout_of_rows(layout, device):
+    case = Case()
+    x, run = case.run(device)
+    x = x[:1].expand(19, 17) if layout == "expanded" else x
+    wide = torch.cat([x, x], 1)[:, :17]
+    given = {"transposed": transposed(x), "sliced": wide, "expanded": x}[layout]
+    assert given.stride() != (17, 1)
+    g = torch.randn(19, 17, device=device)
+    same(fused(case, given, run, g), fused(case, x.contiguous(), run, g))
+
+
+@pytest.mark.parametrize("d", [16, 17])
+@pytest.mark.parametrize("memory", [MEMORY["keep"], MEMORY["every-third"]], ids=["keep", "every-third"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_nan_stays_in_its_row(order, value, memory, d, device):
+    case = Case(d=d, L=4, M=37, order=order, **memory)
+    x, run = case.run(device)
+    x[7, 3] = value
+    found = fused(case, x, run, torch.ones_like(x))
+    others = torch.arange(37, device=device) != 7
+    for name in ("y", "dx"):
+        assert not found[name][7].isfinite().all()
+        assert found[name][others].isfinite().all()
+
+
+def test_infinity_meets_no_padding(device):
+    """relu hands infinity on: 0 · ∞ in a padded column would make NaN of the row's every other."""
+    weight = torch.eye(3, device=device).expand(3, 3, 3)
+    x = torch.tensor([[float("inf"), 1.0, 1.0]], device=device)
+    run = Run(weight, activation="none", has_skip=False)
+    padded, _ = stack.forward(x[:, :3], run._replace(weight=torch.ones(3, 3, 3, device=device)), SMALL, "ieee", None)
+    assert padded.isinf().all()
+
+
+def test_unwritten_rows_reach_no_product(device):
+    """Rows outside M have z = b, whose φ may be infinite: sums over rows must not see it."""
+    case = Case(M=3, activation="none", branch_scale="layer")
+    x, run = case.run(device)
+    run = run._replace(bias=torch.full_like(run.bias, 1e30))
+    found = fused(case, x * 0, run, torch.randn_like(x))
+    assert all(t.isfinite().all() for name, t in found.items() if name != "y")
+
+
+@pytest.mark.parametrize(("order", "drop_path"), [("pre", (0.3,)), ("post", ())])
+@on_every_dtype
+def test_what_is_recomputed_has_the_bits_of_what_was_kept(dtype, order, drop_path, device):
+    case = Case(L=5, M=67, dtype=dtype, order=order, drop_path=drop_path)
+    x, run = case.run(device)
+    g = torch.randn(67, 17).to(device, dtype)
+    kept = fused(case, x, run, g)
+    for keep_every in (2, 3, 5):
+        same(fused(replace(case, keep_every=keep_every), x, run, g), kept)
+    dz = replace(case, sums_weight=False)
+    same(fused(replace(dz, keep_every=3), x, run, g), fused(dz, x, run, g))
+
+
+def test_two_runs_give_the_same_bits(device):
+    case = Case(L=4, M=83, d=40, drop_path=(0.3,), keep_every=2)
+    x, run = case.run(device)
+    g = torch.randn(83, 40, device=device)
+    same(fused(case, x, run, g), fused(case, x, run, g))
+
+
+def test_a_row_has_the_same_bits_in_any_batch(device):
+    x, run = Case(L=4, M=83, d=40).run(device)
+    whole, _ = stack.forward(x, run, SMALL, "ieee", None)
+    for M in (1, 16, 35):
+        part, _ = stack.forward(x[:M], run, SMALL, "ieee", None)
+        assert torch.equal(part, whole[:M])
+
+
+@on_every_dtype
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_a_run_is_its_layers_one_after_another(order, dtype, device):
+    """Bit for bit, where the layer kernel multiplies whole rows too."""
+    case = Case(d=32, dtype=dtype, order=order, branch_scale=0.5, skip_scale=0.75)
+    x, run = case.run(device)
+    y, kept = stack.forward(x, run, SMALL, "ieee", 1)
+    spec = LayerSpec("gelu", order, "identity", skip_scale=0.75, branch_scale=0.5)
+    h = x
+    for i in range(case.L):
+        operands = Operands(h, run.weight[i], run.bias[i])
+        h, _, _ = layer.forward(operands, spec, dtype, Tile(16, 32, 32, 4, 2), "ieee", False, False)
+        assert torch.equal(h, y if i == case.L - 1 else kept[i])
+
+
+def test_only_what_is_wanted_is_computed(device):
+    case = Case(L=4)
+    x, run = case.run(device)
+    g = torch.randn_like(x)
+    for keep_every in (1, 2):
+        _, kept = stack.forward(x, run, SMALL, "ieee", keep_every)
+        every = fused(replace(case, keep_every=keep_every, sums_weight=False), x, run, g)
+        for name in ("x", *NAMES):
+            wanted = Wanted(*(field == name for field in Wanted._fields))
+            found = stack_backward.backward(
+                g, x, kept, run, wanted, StackTiles(SMALL, SMALL), "ieee", keep_every, 2, False
+            )
+            assert [field for field, t in found._asdict().items() if t is not None] == [name]
+            assert torch.equal(getattr(found, name), every[f"d{name}"])
+
+
+@pytest.mark.parametrize("far", ["x", "kept"])
+def test_offsets_beyond_32_bits(far, device, monkeypatch):
+    """Rows 2³⁰ elements apart, and h_2 2³¹ elements behind x: untouched pages cost no memory."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    run = Run(torch.randn(3, 16, 16, device=device, dtype=torch.float16) / 4)
+    if far == "x":
+        stride = 2**30 + 8
+        x = torch.empty(2 * stride + 16, dtype=torch.float16, device=device).as_strided((3, 16), (stride, 1))
+        x.copy_(torch.randn(3, 16))
+        near, _ = stack.forward(x.contiguous(), run, SMALL, "ieee", None)
+        assert torch.equal(stack.forward(x, run, SMALL, "ieee", None)[0], near)
+        return
+
+    # one program alone, of the many that so many rows ask for
+    kernel = stack._forward_kernel
+    first = type("First", (), {"__getitem__": lambda self, grid: kernel[(1,)]})()
+    M = 2**27 + 16
+    row = torch.randn(1, 16).to(device, torch.float16)
+    _, near = stack.forward(row.expand(16, 16), run, SMALL, "ieee", 1)
+    monkeypatch.setattr(stack, "_forward_kernel", first)
+    _, kept = stack.forward(row.expand(M, 16), run, SMALL, "ieee", 1)
+    assert torch.equal(kept[:, :16], near)
+
+
+def test_every_width_and_dtype_has_tiles():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert all(dispatch.stack_tiles(d, dtype, "ieee", "cuda", False) for d in (1, 16, 17, 128))
+        assert dispatch.stack_tiles(129, dtype, "ieee", "cuda", False) is None
+
+
+def test_what_a_run_keeps_and_how_its_sums_are_shared():
+    assert dispatch.stack_keeps(64, 1024, 64, torch.float32, recompute=False) == 1
+    assert dispatch.stack_keeps(64, 1024, 64, torch.float32, recompute=True) == 8
+    assert [dispatch.stack_keeps(L, 1, 1, torch.float32, recompute=True) for L in (1, 2, 5, 9, 10)] == [1, 2, 3, 3, 4]
+    assert dispatch.stack_keeps(2, 2**20, 128, torch.float32, recompute="auto") == 1
+    assert dispatch.stack_keeps(5, 2**20, 128, torch.float32, recompute="auto") == 3
+    assert dispatch.stack_sums_weight(32, 64, 132)
+    assert not dispatch.stack_sums_weight(1000, 64, 132)
+    assert not dispatch.stack_sums_weight(2, 128, 132)
+    tile = StackTile(64, 8, 2)
+    assert dispatch.stack_programs(100, 32, 64, tile, True, 132) == 2
+    assert dispatch.stack_programs(65536, 32, 64, tile, True, 132) == 264
+    assert dispatch.stack_programs(65536, 100, 64, tile, True, 132) == 156  # what 256 MiB of partial sums allow
