@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fusedres import dispatch
-from fusedres.kernels.config import Tile, Tiles
-from fusedres.kernels.spec import LayerSpec, Operands, Wanted
+from fusedres.kernels.config import StackTile, Tile, Tiles
+from fusedres.kernels.spec import LayerSpec, Operands, Run, Wanted
 
 KERNELS = Tiles._fields  # forward, dz, dx
+STACK_KERNELS = ("stack_forward", "stack_backward")
+STACK_WIDTHS = (16, 32, 64, 128)  # that others are padded to
 SIZES = sorted({2**p + more for p in range(14) for more in (0, 1)})  # both sides of every power of two up to 8192
 ROWS = (1, dispatch.SKINNY, dispatch.SKINNY + 1, 65536)
 
@@ -47,6 +49,26 @@ class Configuration(NamedTuple):
         return f"{self.kernel}-{self.mode}-{skip}-{'ragged' if self.is_ragged else 'aligned'}-{name(self.tile)}"
 
 
+class StackConfiguration(NamedTuple):
+    """A run's kernel, and a tile that dispatch gives it in this mode, for widths up to this one."""
+
+    kernel: str
+    mode: str
+    width: int
+    is_ragged: bool  # a width that is padded
+    sums_weight: bool  # backward sums dw, else it writes dz
+    tile: StackTile
+
+    @property
+    def d(self) -> int:
+        return self.width - 3 if self.is_ragged else self.width
+
+    def __str__(self) -> str:
+        form = "" if self.kernel == "stack_forward" else "-sums" if self.sums_weight else "-dz"
+        tile = f"{self.tile.BLOCK_M}-w{self.tile.warps}-s{self.tile.stages}"
+        return f"{self.kernel}-{self.mode}-{self.d}{form}-{tile}"
+
+
 def name(tile: Tile) -> str:
     """128x64x32-w4-s3: the block, its warps, its stages."""
     return f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}-w{tile.warps}-s{tile.stages}"
@@ -68,6 +90,22 @@ def shipped(target: str) -> list[Configuration]:
     finally:
         torch.set_float32_matmul_precision(before)
     return sorted(found, key=lambda c: (KERNELS.index(c.kernel), list(MODES).index(c.mode), *c[2:]))
+
+
+def shipped_stacks(target: str) -> list[StackConfiguration]:
+    """Every configuration of a run's kernels that dispatch chooses on a target."""
+    found: dict[StackConfiguration, None] = {}
+    for (mode, (dtype, precision)), width in product(MODES.items(), STACK_WIDTHS):
+        for is_ragged, is_skinny in product((False, True), (False, True)):
+            tiles = dispatch.stack_tiles(width - 3 * is_ragged, dtype, precision, target, is_skinny)
+            if tiles is None or (target == "hip" and mode == "tf32"):  # dispatch has no tf32 there
+                continue
+            found[StackConfiguration("stack_forward", mode, width, is_ragged, False, tiles.forward)] = None
+            for sums_weight in (True, False):
+                if dispatch.stack_sums_weight(1, width, 1) or not sums_weight:
+                    c = StackConfiguration("stack_backward", mode, width, is_ragged, sums_weight, tiles.backward)
+                    found[c] = None
+    return list(found)
 
 
 def largest(configurations: Iterable[Configuration]) -> list[Configuration]:
@@ -110,3 +148,35 @@ class Layer(NamedTuple):
 def everything(operands: Operands) -> Wanted:
     """All gradients that a layer with these operands has."""
     return Wanted(*(t is not None for t in operands[:-1]))
+
+
+class Stack(NamedTuple):
+    """A run of layers to run a kernel on: its options, and whether λ, a (per channel) and drop_path differ by layer."""
+
+    activation: str = "gelu"
+    order: str = "pre"
+    has_skip: bool = True
+    is_learned: bool = False
+    drops: bool = False
+
+    def run(self, L: int, d: int, make: Callable[..., Tensor]) -> Run:
+        """Tensors of these sizes; `make(name, *shape)` gives each. Every other layer drops half of its rows."""
+        run = Run(
+            weight=make("weight", L, d, d),
+            bias=make("bias", L, d),
+            skip_scale=make("skip_scale", L) if self.is_learned and self.has_skip else 1.0,
+            branch_scale=make("branch_scale", L, d) if self.is_learned else 2.0,
+            activation=self.activation,
+            order=self.order,
+            has_skip=self.has_skip,
+        )
+        if not self.drops:
+            return run
+        device = run.weight.device
+        drops = torch.arange(L, device=device) % 2
+        return run._replace(
+            seeds=torch.arange(L, device=device) + 2**62 + 2**31, threshold=drops << 31, keep_scale=1.0 + drops
+        )
+
+    def wanted(self) -> Wanted:
+        return Wanted(True, True, True, False, False, False, self.is_learned and self.has_skip, self.is_learned)

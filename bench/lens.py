@@ -1,6 +1,7 @@
 """What every shipped kernel compiles to, without a GPU: registers, spills, shared memory, instructions that matter.
 
     python bench/lens.py                                              every architecture
+    python bench/lens.py --kernel stack_forward stack_backward        runs of layers alone
     python bench/lens.py --arch sm_90 --tile 128,256,64,8,3           any tile, shipped or not
 
 Exits with 1 where a kernel spills registers, needs more shared memory than its chip has, or does not compile.
@@ -32,13 +33,26 @@ os.environ["TRITON_DUMP_PTXAS_LOG"] = os.environ["TRITON_ALWAYS_COMPILE"] = "1" 
 
 import torch
 import triton
-from configurations import KERNELS, MODES, Configuration, Layer, everything, largest, name, shipped
+from configurations import (
+    KERNELS,
+    MODES,
+    STACK_KERNELS,
+    Configuration,
+    Layer,
+    Stack,
+    StackConfiguration,
+    everything,
+    largest,
+    name,
+    shipped,
+    shipped_stacks,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedres.kernels.config import Tile, Tiles
+from fusedres.kernels.config import StackTiles, Tile, Tiles
 from fusedres.kernels.spec import LayerSpec
-from fusedres.kernels.triton import layer, layer_backward
+from fusedres.kernels.triton import layer, layer_backward, stack, stack_backward
 
 
 class Arch(NamedTuple):
@@ -58,13 +72,14 @@ ALIGNED, RAGGED = 1024, 1003  # widths: multiples of 16, which kernels are speci
 
 # by what they are: one product and a skip; everything that a kernel can do at once, backward recomputing z
 PLAIN, HEAVY = "plain", "heavy"
+SCALED = "scaled"  # of runs: all but dropped rows, whose loops the compiler does not pipeline
 
 
 class Job(NamedTuple):
     """One kernel to compile."""
 
     arch: str
-    configuration: Configuration
+    configuration: Configuration | StackConfiguration
     activation: str = "gelu"
     load: str = HEAVY
 
@@ -126,6 +141,23 @@ def jobs(arch: str, configurations: list[Configuration], is_quick: bool) -> Iter
             yield from (Job(arch, c, activation) for activation in ("gelu_tanh", "sin"))
 
 
+def stack_jobs(arch: str, configurations: list[StackConfiguration], is_quick: bool) -> Iterator[Job]:
+    """Every tile in runs that drop rows and recompute, and in runs that do neither; padded widths in the latter alone.
+
+    On sm_90 plain runs and costly activations too, unless quick. fp16 compiles to what bf16 does: its d = 64 suffices.
+    """
+    for c in configurations:
+        if (c.mode == "fp16" and c.width != 64) or (c.is_ragged and is_quick):
+            continue
+        yield Job(arch, c, load=SCALED)
+        if c.is_ragged:
+            continue
+        yield Job(arch, c, load=HEAVY)
+        if arch == "sm_90" and not is_quick:
+            yield Job(arch, c, load=PLAIN)
+            yield from (Job(arch, c, activation, SCALED) for activation in ("gelu_tanh", "sin"))
+
+
 # ---------------------------------------------------------------------------------------------- compiling
 
 
@@ -137,8 +169,11 @@ def compile_job(job: Job) -> tuple[Job, Finding]:
     dtype, precision = MODES[c.mode]
     try:
         with contextlib.redirect_stdout(io.StringIO()) as log:
-            width, keeps = (RAGGED if c.is_ragged else ALIGNED), job.load == PLAIN
-            found = launches(_layer(job), dtype, precision, c.tile, width, keeps)
+            if isinstance(c, StackConfiguration):
+                found = stack_launches(job, dtype, precision)
+            else:
+                width, keeps = (RAGGED if c.is_ragged else ALIGNED), job.load == PLAIN
+                found = launches(_layer(job), dtype, precision, c.tile, width, keeps)
             built = compiled(found[c.kernel], ARCHES[job.arch], c.is_ragged)
     except Exception as error:
         return job, Finding(error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
@@ -174,7 +209,7 @@ def compiled(launch: Launch, arch: Arch, is_ragged: bool) -> Any:
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=arch.target, options=options)
 
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
 
 
 def launches(
@@ -183,26 +218,55 @@ def launches(
     """The launches of a layer [4096, width] -> [4096, width], by kernel, caught on their way to a GPU."""
     caught: dict[str, Launch] = {}
 
-    def catch(name: str, kernel: Any) -> Any:
-        def grid(_: object) -> Callable[..., None]:
-            return lambda *args, **kwargs: caught.update({name: (kernel, args, kwargs)})
-
-        return mock.MagicMock(__getitem__=mock.Mock(side_effect=grid))
-
     def make(_: str, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     operands, spec = subject.operands(4096, width, width, make), subject.spec
     with (
-        mock.patch.object(layer, "_forward_kernel", catch("forward", layer._forward_kernel)),
-        mock.patch.object(layer_backward, "_dz_kernel", catch("dz", layer_backward._dz_kernel)),
-        mock.patch.object(layer_backward, "_dx_kernel", catch("dx", layer_backward._dx_kernel)),
+        mock.patch.object(layer, "_forward_kernel", _catch(caught, "forward", layer._forward_kernel)),
+        mock.patch.object(layer_backward, "_dz_kernel", _catch(caught, "dz", layer_backward._dz_kernel)),
+        mock.patch.object(layer_backward, "_dx_kernel", _catch(caught, "dx", layer_backward._dx_kernel)),
     ):
         y, z, s = layer.forward(operands, spec, dtype, tile, precision, True, spec.skip == "projection")
         z, s = (z, s) if keeps else (None, None)
         wanted = everything(operands)
         layer_backward.backward(y, operands, z, s, spec, wanted, Tiles(tile, tile, tile), precision)
     return caught
+
+
+def stack_launches(job: Job, dtype: torch.dtype, precision: str) -> dict[str, Launch]:
+    """Those of a run of 8 layers [4096, d]; a heavy one's backward recomputes, where it has a choice."""
+    caught: dict[str, Launch] = {}
+    c = job.configuration
+    assert isinstance(c, StackConfiguration)
+    subject = (
+        Stack(job.activation) if job.load == PLAIN else Stack(job.activation, "post", True, True, job.load == HEAVY)
+    )
+
+    def make(_: str, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, run, keep_every = make("x", 4096, c.d), subject.run(8, c.d, make), 3 if job.load == HEAVY else 1
+    keep_every = keep_every if c.sums_weight else 1
+    with (
+        mock.patch.object(stack, "_forward_kernel", _catch(caught, "stack_forward", stack._forward_kernel)),
+        mock.patch.object(
+            stack_backward, "_backward_kernel", _catch(caught, "stack_backward", stack_backward._backward_kernel)
+        ),
+    ):
+        y, kept = stack.forward(x, run, c.tile, precision, keep_every)
+        tiles = StackTiles(c.tile, c.tile)
+        stack_backward.backward(y, x, kept, run, subject.wanted(), tiles, precision, keep_every, 264, c.sums_weight)
+    return caught
+
+
+def _catch(caught: dict[str, Launch], name: str, kernel: Any) -> Any:
+    """In the kernel's place: what a launch gives it, under a name."""
+
+    def grid(_: object) -> Callable[..., None]:
+        return lambda *args, **kwargs: caught.update({name: (kernel, args, kwargs)})
+
+    return mock.MagicMock(__getitem__=mock.Mock(side_effect=grid))
 
 
 def _layer(job: Job) -> Layer:
@@ -290,25 +354,34 @@ COLUMNS = {
 
 
 def table(findings: dict[Job, Finding]) -> str:
-    header = f"{'kernel':<8}{'mode':<5}{'tile':<17}{'skip':<11}{'widths':<8}{'load':<6}{'φ':<10}"
+    header = f"{'kernel':<15}{'mode':<5}{'tile':<17}{'layer':<11}{'widths':<8}{'load':<7}{'φ':<10}"
     lines = []
     for arch in dict.fromkeys(job.arch for job in findings):
         lines += ["", f"{arch}", header + " ".join(f"{title:>8}" for title in COLUMNS)]
         for job, found in findings.items():
             if job.arch != arch:
                 continue
-            c = job.configuration
-            skip, widths = "projection" if c.has_projection else "tensor", "ragged" if c.is_ragged else "aligned"
-            left = f"{c.kernel:<8}{c.mode:<5}{name(c.tile):<17}{skip:<11}{widths:<8}{job.load:<6}{job.activation:<10}"
+            left = f"{_label(job.configuration)}{job.load:<7}{job.activation:<10}"
             right = found.error or " ".join(f"{int(getattr(found, field)):>8}" for field in COLUMNS.values())
             lines.append(left + right)
     return "\n".join(lines)
 
 
+def _label(c: Configuration | StackConfiguration) -> str:
+    if isinstance(c, StackConfiguration):
+        tile, layer, widths = f"{c.tile.BLOCK_M}-w{c.tile.warps}-s{c.tile.stages}", "", str(c.d)
+        if c.kernel == "stack_backward":
+            layer = "sums dw" if c.sums_weight else "writes dz"
+    else:
+        tile, layer = name(c.tile), "projection" if c.has_projection else "tensor"
+        widths = "ragged" if c.is_ragged else "aligned"
+    return f"{c.kernel:<15}{c.mode:<5}{tile:<17}{layer:<11}{widths:<8}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=ARCHES, help="default: all; with --quick, sm_90")
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS + STACK_KERNELS, default=KERNELS + STACK_KERNELS)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--aligned", action="store_true", help="leave out widths that are no multiples of 16")
     parser.add_argument("--tile", metavar="M,N,K,WARPS,STAGES", help="this tile in the place of the shipped ones")
@@ -325,13 +398,16 @@ def main() -> int:
             tile = Tile(*map(int, options.tile.split(",")))
             queue += [
                 Job(arch, Configuration(kernel, mode, has_projection, is_ragged, tile), load=load)
-                for kernel, mode in product(options.kernel, options.mode)
+                for kernel, mode in product([k for k in options.kernel if k in KERNELS], options.mode)
                 for has_projection, is_ragged, load in product((False, True), widths, (PLAIN, HEAVY))
             ]
         else:
             every = [c for c in shipped(ARCHES[arch].dispatch) if c.is_ragged in widths]
             chosen = [c for c in every if c.kernel in options.kernel and c.mode in options.mode]
             queue += jobs(arch, chosen, options.quick)
+            stacks = [c for c in shipped_stacks(ARCHES[arch].dispatch) if c.is_ragged in widths]
+            runs = [c for c in stacks if c.kernel in options.kernel and c.mode in options.mode]
+            queue += stack_jobs(arch, runs, options.quick)
 
     found: dict[Job, Finding] = {}
     with tempfile.TemporaryDirectory() as cache:

@@ -284,8 +284,8 @@ def _power_of_two(size: int, smallest: int, largest: int) -> int:
     return min(largest, max(smallest, 1 << (size - 1).bit_length()))
 
 
-# Likewise for runs of layers: (kind of product, width padded to a power of two) -> forward, backward. fp32 without tf32
-# goes few rows at a time. Backward of 128 columns does not sum dw: 128 x 128 of it would fill the registers.
+# Likewise for runs of layers: (kind of product, width padded to a power of two) -> forward, backward. Exact fp32 goes
+# few rows at a time; its backward at 128 spilled with every tile that was tried.
 _STACKS = {
     ("half", 16): StackTiles(StackTile(128, 4, 3), StackTile(128, 8, 2)),
     ("half", 32): StackTiles(StackTile(128, 4, 3), StackTile(128, 8, 2)),
@@ -294,13 +294,11 @@ _STACKS = {
     ("tf32", 16): StackTiles(StackTile(128, 8, 3), StackTile(64, 8, 2)),
     ("tf32", 32): StackTiles(StackTile(128, 8, 3), StackTile(64, 8, 2)),
     ("tf32", 64): StackTiles(StackTile(64, 8, 3), StackTile(32, 8, 2)),
-    ("tf32", 128): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 1)),
-    ("exact", 16): StackTiles(StackTile(64, 8, 2), StackTile(32, 8, 1)),
-    ("exact", 32): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 1)),
+    ("tf32", 128): StackTiles(StackTile(32, 8, 2), StackTile(32, 8, 2)),
+    ("exact", 16): StackTiles(StackTile(32, 8, 2), StackTile(32, 4, 1)),
+    ("exact", 32): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 2)),
     ("exact", 64): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 1)),
-    ("exact", 128): StackTiles(StackTile(16, 8, 2), StackTile(16, 8, 1)),
 }
-STACK_UP_TO = 128  # the width up to which there are tiles that do not spill
 STACK_SUMS_UP_TO = 64  # the width up to which a run's backward sums dw itself, in at most
 STACK_SUMS_BYTES = 256 << 20  # of partial sums; else dz goes through memory to a product over rows
 STACK_KEPT_UP_TO = 1 << 30  # bytes of rows between layers that are kept for backward, with recompute="auto"
@@ -308,16 +306,15 @@ STACK_KEPT_UP_TO = 1 << 30  # bytes of rows between layers that are kept for bac
 
 def stack_tiles(d: int, dtype: torch.dtype, precision: str, target: str, is_skinny: bool) -> StackTiles | None:
     """The tiles of a run of layers of width d, or None where it goes layer by layer."""
-    if d > STACK_UP_TO:
-        return None
     kind = "half" if dtype.itemsize == 2 else "tf32" if precision == "tf32" else "exact"
-    tiles = _STACKS[kind, _power_of_two(d, 16, STACK_UP_TO)]
-    return StackTiles(*(_stack_tile(tile, target, is_skinny) for tile in tiles))
+    tiles = _STACKS.get((kind, max(16, 1 << (d - 1).bit_length())))
+    if tiles is None:
+        return None
 
+    def fitted(tile: StackTile) -> StackTile:
+        return StackTile(16 if is_skinny else tile.BLOCK_M, tile.warps, 1 if target == "hip" else tile.stages)
 
-def _stack_tile(tile: StackTile, target: str, is_skinny: bool) -> StackTile:
-    rows = 16 if is_skinny else tile.BLOCK_M
-    return StackTile(rows, tile.warps, min(tile.stages, 2) if target == "hip" else tile.stages)
+    return StackTiles(fitted(tiles.forward), fitted(tiles.backward))
 
 
 def stack_keeps(L: int, M: int, d: int, dtype: torch.dtype, recompute: bool | str) -> int:
