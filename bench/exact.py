@@ -26,13 +26,25 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # trit
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # dW is a library's product: let it be deterministic
 
 import torch.nn.functional as F
-from configurations import KERNELS, MODES, Configuration, Layer, everything, largest, shipped
+from configurations import (
+    KERNELS,
+    MODES,
+    STACK_KERNELS,
+    Configuration,
+    Layer,
+    Stack,
+    StackConfiguration,
+    everything,
+    largest,
+    shipped,
+    shipped_stacks,
+)
 from torch import Tensor
 
 from fusedres import reference
-from fusedres.kernels.config import Tile, Tiles
-from fusedres.kernels.spec import LayerSpec, Operands, Wanted
-from fusedres.kernels.triton import layer, layer_backward
+from fusedres.kernels.config import StackTiles, Tile, Tiles
+from fusedres.kernels.spec import LayerSpec, Operands, Run, Wanted
+from fusedres.kernels.triton import layer, layer_backward, stack, stack_backward
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -52,6 +64,14 @@ PROJECTED = {
     "projection": Layer(LayerSpec("relu", skip="projection", skip_scale=2.0)),
 }
 HEAVIEST = {"forward": "everything", "dz": "everything", "dx": "identity"}
+
+
+STACKS = {
+    "everything": Stack("relu", "post", is_learned=True, drops=True),
+    "pre": Stack("relu", is_learned=True),
+    "bare": Stack("none", has_skip=False),
+}
+DEPTH = 3  # layers, of which the second drops rows
 
 
 class Case(NamedTuple):
@@ -90,6 +110,23 @@ def _sizes(c: Configuration, subject: Layer, is_small: bool) -> tuple[int, int, 
     return (M, N, N) if subject.spec.skip == "identity" else (M, N, K)
 
 
+class StackCase(NamedTuple):
+    """A configuration on a run of layers: x [M, d]."""
+
+    configuration: StackConfiguration
+    stack: str
+    M: int
+
+    def __str__(self) -> str:
+        return f"{self.configuration}-{self.stack}-{self.M}"
+
+
+def stack_cases(configurations: Iterable[StackConfiguration], is_small: bool) -> list[StackCase]:
+    """Each configuration on every run; three tiles of rows, the last one part empty, or many for a GPU."""
+    tiles = 2 if is_small else 300
+    return [StackCase(c, name, tiles * c.tile.BLOCK_M + 3) for c in configurations for name in STACKS]
+
+
 # ---------------------------------------------------------------------------------------------- one case
 
 
@@ -124,6 +161,64 @@ def mismatches(case: Case, seed: int, device: str = DEVICE) -> list[str]:
         pairs = {name: (t, gradients[name]) for name, t in gradient._asdict().items() if t is not None}
         found += compare(pairs, " recomputing z" if recomputes else "")
     return found
+
+
+def stack_mismatches(case: StackCase, seed: int, device: str = DEVICE) -> list[str]:
+    """Likewise for a run's kernel, keeping every h or every other one."""
+    c = case.configuration
+    dtype, precision = MODES[c.mode]
+    subject = STACKS[case.stack]
+    draw = torch.Generator().manual_seed(zlib.crc32(f"{case} {seed}".encode()))
+
+    def make(name: str, *shape: int) -> Tensor:
+        values = torch.randint(-1, 2, shape, generator=draw).double()
+        if name == "weight":  # two in a row and column, or so
+            values *= torch.rand(shape, generator=draw) < 3 / c.d
+        if name in ("skip_scale", "branch_scale"):
+            values = torch.tensor([-1.0, 1.0])[torch.randint(2, shape, generator=draw)]
+        return values.to(device, dtype)
+
+    x, run, g = make("x", case.M, c.d), subject.run(DEPTH, c.d, make), make("g", case.M, c.d)
+    if run.seeds is not None:
+        run = run._replace(seeds=torch.randint(2**62, (DEPTH,), generator=draw).to(device))
+    hs, gradients = stack_truth(x, run, g)
+    tiles = StackTiles(c.tile, c.tile)
+    found = []
+    for keep_every in (1, 2):
+        y, kept = stack.forward(x, run, c.tile, precision, keep_every)
+        when = f" keeping every {keep_every}"
+        if c.kernel == "stack_forward":
+            found += compare({"y": (y, hs[-1]), "kept": (kept, torch.stack(hs[keep_every:-1:keep_every]))}, when)
+            continue
+        programs = 2 if case.M < 3 * c.tile.BLOCK_M else 132
+        gradient = stack_backward.backward(
+            g, x, kept, run, subject.wanted(), tiles, precision, keep_every, programs, c.sums_weight
+        )
+        pairs = {name: (t, gradients[name]) for name, t in gradient._asdict().items() if t is not None}
+        assert pairs.keys() == gradients.keys()
+        found += compare(pairs, when)
+    return found
+
+
+def stack_truth(x: Tensor, run: Run, g: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Every h and every gradient from the reference in float64."""
+    names = [
+        name for name in ("weight", "bias", "skip_scale", "branch_scale") if isinstance(getattr(run, name), Tensor)
+    ]
+    wide = {"x": x.double().requires_grad_()} | {name: getattr(run, name).double().requires_grad_() for name in names}
+    hs = [wide["x"]]
+    for i in range(DEPTH):
+        own = {name: wide[name][i] for name in names}
+        scales = {} if "branch_scale" in own else {"branch_scale": run.branch_scale}
+        spec = LayerSpec(run.activation, run.order, "identity" if run.has_skip else "none", **scales)
+        if run.seeds is not None and i % 2:
+            own["seed"], spec = run.seeds[i].cpu(), spec._replace(drop_path=0.5)
+        hs.append(reference.layer(Operands(hs[-1], **own), spec))
+    found = torch.autograd.grad(hs[-1], [*wide.values(), *hs[1:]], g.double())
+    for value in (*hs, *found[len(wide) :]):
+        if not torch.equal(value, value.to(x.dtype).double()):
+            raise AssertionError("an h, or its gradient, is not representable: draw smaller integers")
+    return [h.detach() for h in hs], dict(zip(wide, found, strict=False))
 
 
 def integers(name: str, shape: tuple[int, ...], depth: int, draw: torch.Generator) -> Tensor:
@@ -170,12 +265,13 @@ def compare(pairs: dict[str, tuple[Tensor | None, Tensor | None]], when: str = "
 # ---------------------------------------------------------------------------------------------- all cases
 
 
-def run(case: Case, seeds: int) -> tuple[Case, list[str]]:
+def run(case: Case | StackCase, seeds: int) -> tuple[Case | StackCase, list[str]]:
     """The case's mismatches over all seeds."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        return case, [f"seed {seed}: {text}" for seed in range(seeds) for text in mismatches(case, seed)]
+        found = stack_mismatches if isinstance(case, StackCase) else mismatches
+        return case, [f"seed {seed}: {text}" for seed in range(seeds) for text in found(case, seed)]
     except Exception as error:
         return case, [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
 
@@ -184,7 +280,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="the largest tiles alone, on small sizes")
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS + STACK_KERNELS, default=KERNELS + STACK_KERNELS)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="0: all in this process")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="leave out what is not begun by then")
@@ -198,9 +294,11 @@ def main() -> int:
     chosen = [c for c in shipped(TARGET) if c.kernel in options.kernel and c.mode in modes]
     if options.quick:
         chosen = largest(chosen)
-    queue = cases(chosen, is_small=options.quick or not HAS_GPU)
+    is_small = options.quick or not HAS_GPU
+    stacks = [c for c in shipped_stacks(TARGET) if c.kernel in options.kernel and c.mode in modes]
+    queue = [*cases(chosen, is_small), *stack_cases(stacks, is_small)]
 
-    found: dict[Case, list[str]] = {}
+    found: dict[Case | StackCase, list[str]] = {}
     for case, wrong in _results(queue, options.seeds, options.jobs, start + options.budget_s):
         found[case] = wrong
         for text in wrong[:3]:
@@ -229,7 +327,9 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _results(queue: list[Case], seeds: int, jobs: int, deadline: float) -> Iterable[tuple[Case, list[str]]]:
+def _results(
+    queue: list[Case | StackCase], seeds: int, jobs: int, deadline: float
+) -> Iterable[tuple[Case | StackCase, list[str]]]:
     """(case, mismatches) as they come: many processes, since most of the time goes into compiling."""
     if jobs == 0:
         for case in queue:

@@ -307,14 +307,18 @@ STACK_KEPT_UP_TO = 1 << 30  # bytes of rows between layers that are kept for bac
 def stack_tiles(d: int, dtype: torch.dtype, precision: str, target: str, is_skinny: bool) -> StackTiles | None:
     """The tiles of a run of layers of width d, or None where it goes layer by layer."""
     kind = "half" if dtype.itemsize == 2 else "tf32" if precision == "tf32" else "exact"
-    tiles = _STACKS.get((kind, max(16, 1 << (d - 1).bit_length())))
-    if tiles is None:
+    width = max(16, 1 << (d - 1).bit_length())
+    if (kind, width) not in _STACKS or (target == "hip" and width * dtype.itemsize > 128):
         return None
 
-    def fitted(tile: StackTile) -> StackTile:
-        return StackTile(16 if is_skinny else tile.BLOCK_M, tile.warps, 1 if target == "hip" else tile.stages)
+    def fitted(tile: StackTile, rows: int) -> StackTile:
+        # 16 narrow rows are little for 8 warps, for which ptxas then spills at 80 registers
+        warps = 4 if is_skinny and kind != "exact" and width * dtype.itemsize < 256 else tile.warps
+        return StackTile(16 if is_skinny else rows, warps, 1 if target == "hip" else tile.stages)
 
-    return StackTiles(fitted(tiles.forward), fitted(tiles.backward))
+    forward, backward = _STACKS[kind, width]
+    fewer = max(16, backward.BLOCK_M // 2) if target == "hip" else backward.BLOCK_M
+    return StackTiles(fitted(forward, forward.BLOCK_M), fitted(backward, fewer))
 
 
 def stack_keeps(L: int, M: int, d: int, dtype: torch.dtype, recompute: bool | str) -> int:

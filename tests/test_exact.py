@@ -5,8 +5,8 @@ import random
 
 import exact_cpu
 import pytest
-from configurations import KERNELS, MODES, largest, shipped
-from exact import HAS_GPU, TARGET, Case, cases, mismatches
+from configurations import KERNELS, MODES, STACK_KERNELS, largest, shipped, shipped_stacks
+from exact import HAS_GPU, TARGET, Case, StackCase, cases, mismatches, stack_cases, stack_mismatches
 
 from fusedres.kernels.spec import WAYS
 
@@ -27,6 +27,19 @@ def test_every_element_is_exact(case):
     assert mismatches(case, seed=0) == []
 
 
+def _stack_cases() -> list[StackCase]:
+    """Natively of the heaviest run; interpreted, padded widths alone: what those prove, whole ones share."""
+    if HAS_GPU:
+        return [case for case in stack_cases(shipped_stacks(TARGET), is_small=True) if case.stack == "everything"]
+    chosen = [c for c in shipped_stacks(TARGET) if c.mode in ("fp32", "fp16") and c.is_ragged]
+    return stack_cases(chosen, is_small=True)
+
+
+@pytest.mark.parametrize("case", _stack_cases(), ids=str)
+def test_every_element_of_a_run_is_exact(case):
+    assert stack_mismatches(case, seed=0) == []
+
+
 @pytest.mark.backends("cpu")
 @pytest.mark.parametrize("dtype", exact_cpu.DTYPES.values(), ids=str)
 @pytest.mark.parametrize("way", WAYS)
@@ -42,3 +55,6 @@ def test_every_kernel_and_mode_ships():
     found = shipped(TARGET)
     assert {c.kernel for c in found} == set(KERNELS)
     assert {c.mode for c in found} == set(MODES)
+    stacks = shipped_stacks(TARGET)
+    assert {c.kernel for c in stacks} == set(STACK_KERNELS)
+    assert {c.mode for c in stacks} == set(MODES)

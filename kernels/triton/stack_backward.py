@@ -158,6 +158,8 @@ def descend(
             dw = tl.dot(tl.trans(dz_operand), h, input_precision=PRECISION)
             own = dw_ptr + row * (WIDTH * WIDTH) + n[:, None] * WIDTH + n[None, :]
             add(own, dw, in_n[:, None] & in_n[None, :], is_later if seed_ptr is None else True)
+        if PRECISION == "ieee" and h.dtype == tl.float32 and h.shape[1] >= 64:
+            w = weight(w_ptr, layer, n, in_n, WIDTH)  # read again: kept so long, exact fp32 spills 120 bytes on sm_90
         ds = tl.dot(dz_operand, w, ds, input_precision=PRECISION)
     return tl.where(in_m[:, None] & in_n[None, :], ds, 0.0)
 
