@@ -31,6 +31,7 @@ from unittest import mock
 os.environ.pop("TRITON_INTERPRET", None)  # triton reads it as it defines kernels; interpreted ones do not compile
 os.environ["TRITON_DUMP_PTXAS_LOG"] = os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a kernel out of a cache has no log
 
+import stack_bytes
 import torch
 import triton
 from configurations import (
@@ -427,6 +428,8 @@ def main() -> int:
         kernels = ",\n".join(json.dumps({k: v for k, v in row.items() if k != "configuration"}) for row in rows)
         record = f'"triton": "{triton.__version__}", "failures": {json.dumps(failures)}, "kernels": [\n{kernels}\n]'
         options.json.write_text(f"{{{record}}}\n")
+    if set(options.kernel) & set(STACK_KERNELS):
+        print(f"\n{stack_bytes.table(65536, 32)}")
     print(f"\n{len(found)} kernels in {time.perf_counter() - start:.0f} s, {len(failures)} at fault")
     for which, faults in failures.items():
         print(f"    {which}: {faults}")

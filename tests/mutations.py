@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 CPU = "test_cpu.py test_exact.py -k cpu"
+STACK = "test_stack_kernels.py"
 
 
 class Mutation(NamedTuple):
@@ -146,6 +147,50 @@ MUTATIONS = {
         "to.mutable_data_ptr()) + index * size",
         "to.mutable_data_ptr()) + (index / 2) * size",
         "test_network.py",
+    ),
+    "stack: λ of the layer before": Mutation(
+        "kernels/triton/stack_backward.py", "of_layer(lam_ptr, lam, layer)", "of_layer(lam_ptr, lam, layer - 1)", STACK
+    ),
+    "stack: dλ sums the branch": Mutation(
+        "kernels/triton/stack_backward.py", "g * h.to(tl.float32), is_later", "g * g, is_later", STACK
+    ),
+    "stack: first layer lost": Mutation("kernels/triton/stack.py", "in range(L):", "in range(1, L):", STACK),
+    "stack: last layer lost in backward": Mutation(
+        "kernels/triton/stack_backward.py", "layer = last - 1 - back", "layer = tl.maximum(last - 2 - back, 0)", STACK
+    ),
+    "stack: dropped rows unscaled": Mutation(
+        "kernels/triton/stack.py", "threshold, of_layer(keep_scale_ptr, keep_scale, layer)", "threshold, 1.0", STACK
+    ),
+    "stack: rows' last column masked": Mutation("kernels/triton/stack.py", "n < WIDTH", "n < WIDTH - 1", STACK),
+    "stack: padded columns unmasked": Mutation(
+        "kernels/triton/stack.py", "if tile.shape[1] == WIDTH:", "if True:", STACK
+    ),
+    "stack: rows outside M in sums": Mutation(
+        "kernels/triton/stack_backward.py",
+        "return tl.where(in_m[:, None] & in_n[None, :], ds, 0.0)",
+        "return ds + tl.where(in_m[:, None] & in_n[None, :], 0.0, 1.0)",
+        STACK,
+    ),
+    "stack: a program's earlier tiles lost": Mutation(
+        "kernels/triton/stack_backward.py", "mask=mask & is_later", "mask=mask & False", STACK
+    ),
+    "stack: sums begin with what was there": Mutation(
+        "kernels/triton/stack_backward.py", "tile >= programs, size", "tile >= 0, size", STACK
+    ),
+    "stack: kept one layer late": Mutation(
+        "kernels/triton/stack.py", "layer % every == 0", "layer % every == 1", STACK
+    ),
+    "stack: 32-bit offsets of kept rows": Mutation(
+        "kernels/triton/stack.py", "size = tl.cast(M, tl.int64) * WIDTH", "size = M * WIDTH", STACK + " -k beyond"
+    ),
+    "stack: g handed on in x's type": Mutation(
+        "kernels/triton/stack_backward.py", "torch.float32 if first > 0 else x.dtype", "x.dtype", STACK
+    ),
+    "stack: post slope at z": Mutation(
+        "kernels/triton/stack_backward.py", "g *= slope(v, ACTIVATION)", "g *= slope(z, ACTIVATION)", STACK
+    ),
+    "stack: a tile that drops all rows multiplies": Mutation(
+        "kernels/triton/stack_backward.py", "turns = keeps_any(m, in_m, seed, threshold)", "turns = 1", STACK
     ),
     "C++: odd depth of bfloat16 pairs": Mutation("kernels/cpu/product.h", "k < K ? W[n * ld + k] : T{}", "T{}", CPU),
     "C++: GELU off in the fifth digit": Mutation("kernels/cpu/activations.h", "8.827535014e-1f", "8.8276e-1f", CPU),

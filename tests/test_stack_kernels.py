@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import stack_bytes
 import torch
 from test_layer import transposed
 from tolerances import rule_for
@@ -343,9 +345,16 @@ def test_offsets_beyond_32_bits(far, device, monkeypatch):
 
 
 def test_every_width_and_dtype_has_tiles():
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert all(dispatch.stack_tiles(d, dtype, "ieee", "cuda", False) for d in (1, 16, 17, 128))
-        assert dispatch.stack_tiles(129, dtype, "ieee", "cuda", False) is None
+    for dtype, precision, widest in (
+        (torch.float32, "ieee", 64),
+        (torch.float32, "tf32", 128),
+        (torch.float16, "ieee", 128),
+        (torch.bfloat16, "ieee", 128),
+    ):
+        assert all(dispatch.stack_tiles(d, dtype, precision, "cuda", False) for d in (1, 16, 17, widest))
+        assert dispatch.stack_tiles(widest + 1, dtype, precision, "cuda", False) is None
+        skinny = dispatch.stack_tiles(17, dtype, precision, "cuda", True)
+        assert [tile.BLOCK_M for tile in skinny] == [16, 16]
 
 
 def test_what_a_run_keeps_and_how_its_sums_are_shared():
@@ -354,10 +363,49 @@ def test_what_a_run_keeps_and_how_its_sums_are_shared():
     assert [dispatch.stack_keeps(L, 1, 1, torch.float32, recompute=True) for L in (1, 2, 5, 9, 10)] == [1, 2, 3, 3, 4]
     assert dispatch.stack_keeps(2, 2**20, 128, torch.float32, recompute="auto") == 1
     assert dispatch.stack_keeps(5, 2**20, 128, torch.float32, recompute="auto") == 3
-    assert dispatch.stack_sums_weight(32, 64, 132)
-    assert not dispatch.stack_sums_weight(1000, 64, 132)
+    assert dispatch.stack_sums_weight(200, 32, 132)
+    assert not dispatch.stack_sums_weight(1000, 32, 132)
+    assert dispatch.stack_sums_weight(7, 64, 132)
+    assert not dispatch.stack_sums_weight(8, 64, 132)
     assert not dispatch.stack_sums_weight(2, 128, 132)
     tile = StackTile(64, 8, 2)
     assert dispatch.stack_programs(100, 32, 64, tile, True, 132) == 2
     assert dispatch.stack_programs(65536, 32, 64, tile, True, 132) == 264
     assert dispatch.stack_programs(65536, 100, 64, tile, True, 132) == 156  # what 256 MiB of partial sums allow
+
+
+@pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
+def test_the_bytes_that_are_stated_are_those_that_move(memory, device, monkeypatch):
+    """Counted where the interpreter loads and stores tiles: rows in fp16, dw's sums in fp32."""
+    if device != "cpu":
+        pytest.skip("a GPU counts nothing for us")
+    interpreter = pytest.importorskip("triton.runtime.interpreter").interpreter_builder
+    moved: Counter = Counter()
+
+    def counting(name: str) -> None:
+        call = getattr(interpreter, name)
+
+        def counted(pointers: Any, *arguments: Any) -> Any:
+            mask = arguments[0] if name == "create_masked_load" else arguments[1]
+            kind = {(16, 32): "rows", (32, 32): "square"}.get(pointers.data.shape)
+            moved[kind, pointers.get_element_ty().primitive_bitwidth // 8] += int(mask.data.sum())
+            return call(pointers, *arguments)
+
+        monkeypatch.setattr(interpreter, name, counted)
+
+    counting("create_masked_load")
+    counting("create_masked_store")
+    case = Case(d=30, L=7, M=83, dtype=torch.float16, **memory)
+    x, run = case.run(device)
+    y, kept = stack.forward(x, run, SMALL, "ieee", case.keep_every)
+    size = (case.M, case.d, case.L, 2)
+    assert 2 * moved["rows", 2] == stack_bytes.forward(*size, case.keep_every).rows
+
+    moved.clear()
+    stack_backward.backward(
+        y, x, kept, run, everything(run), StackTiles(SMALL, SMALL), "ieee", case.keep_every, 2, case.sums_weight
+    )
+    stated = stack_bytes.backward(*size, case.keep_every, case.sums_weight, 16)
+    assert 2 * moved["rows", 2] + 4 * moved["rows", 4] == stated.rows
+    left_to_torch = min(2, 6) * 7 * 30 * 30 * 4 if case.sums_weight else 0
+    assert 4 * moved["square", 4] + left_to_torch == stated.sums
