@@ -377,3 +377,9 @@ def _switched(name: str) -> Iterator[None]:
         yield
     finally:
         setattr(_Switches, name, getattr(_Switches, name) - 1)
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU, which runs as many programs at a time and more; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import dispatch
 from .dispatch import Eager, Native, Triton, Way
-from .kernels.config import Tiles
+from .kernels.config import StackTiles, Tiles
 from .kernels.spec import LayerSpec, NetworkSpec, Operands
 
 
@@ -29,7 +29,7 @@ class Call:
     dtype: torch.dtype
     spec: LayerSpec | NetworkSpec
     choice: Eager | Triton | Native
-    tiles: Tiles | None = None  # of Triton's kernels
+    tiles: Tiles | StackTiles | None = None  # of Triton's kernels
     way: Way | None = None  # of the C++ engine
     keeps: bool = True  # whether the C++ engine would keep activations for backward
     threads: int = 1
@@ -46,7 +46,11 @@ class Call:
         kind = "network" if layers else "residual_linear"
         call = f"{self.name or kind} [{self.M}, {self.K}] -> [{self.M}, {self.N}] {self.dtype}{layers}"
         lines = [f"{call}: {self.backend}, because {self.choice.because}"]
-        if self.tiles is not None:
+        if isinstance(self.tiles, StackTiles):
+            kept = "rows between layers kept for" if self.keeps else "some rows kept, the others computed again in"
+            lines.append(f"    {self._options()}, in one kernel each way; {kept} backward")
+            lines += [f"    {kernel:<8} {tile}" for kernel, tile in self.tiles._asdict().items()]
+        elif self.tiles is not None:
             lines.append(f"    {self._options()}; {'z kept for' if self.keeps else 'z recomputed in'} backward")
             lines += [f"    {kernel:<8}{tile}" for kernel, tile in self.tiles._asdict().items()]
             lines.append("    dW, dP   torch.matmul")
@@ -96,6 +100,23 @@ def note_network(choice: Eager | Triton | Native, x: Tensor, spec: NetworkSpec, 
     K, N = spec.widths[0], spec.widths[-1]
     M = x.shape[:-1].numel()
     _listener.append(Call(_name(), M, N, K, x.dtype, spec, choice, None, way, keeps, torch.get_num_threads()))
+
+
+def note_run(choice: Triton, x: Tensor, spec: NetworkSpec, tiles: StackTiles, recompute: bool | str) -> None:
+    """Tell the listener about one call of a run of layers."""
+    d, M = spec.widths[0], x.shape[:-1].numel()
+    keeps = dispatch.stack_keeps(len(spec.layers), M, d, x.dtype, recompute) == 1
+    _listener.append(Call(_name(), M, d, d, x.dtype, spec, choice, tiles, None, keeps))
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Calls within are of a part of the module that is being called."""
+    _names.append(f"{_name()}.{name}".lstrip("."))
+    try:
+        yield
+    finally:
+        _names.pop()
 
 
 def _name() -> str:

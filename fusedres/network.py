@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import dispatch, explanation, functional, network_checks, network_ops, ops, reference
+from . import dispatch, explanation, functional, network_checks, network_ops, ops, reference, run_launch, run_ops
 from .dispatch import Eager, Native, Triton, Way, modes_in_force, transforms_are_active
 from .functional import is_any_autocast_enabled
 from .kernels.cpu import launch
 from .kernels.cpu.plan import encoded
 from .kernels.spec import NetworkSpec
 from .network_ops import differentiated_again
+from .run_ops import Segment, segments
 
 Scale = float | Tensor | Sequence[float | Tensor | Sequence[float]]
 
@@ -30,6 +32,7 @@ class Description:
         self.recompute = recompute
         self.dropping = spec.dropping
         self.encoded = encoded(spec)
+        self.segments = segments(spec)
 
 
 class Network:
@@ -86,6 +89,7 @@ class Network:
         """What is found out anew in a copy, or in another process."""
         self._known: dict[tuple[int, torch.dtype], tuple[int, bool] | None] = {}  # way and keeps, or None for others
         self._handle: int | None = None
+        self._checked: set[tuple] = set()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -213,16 +217,54 @@ class Network:
 
     def _one_by_one(self, x: Tensor, training: bool) -> Tensor:
         autocast = functional.autocast_dtype(x)
-        network_checks.check(x, self.spec, self._tensors, autocast is not None)  # Triton's kernels check nothing
-        for layer, own in zip(self.spec.layers, self.spec.tensors(self._tensors), strict=True):
-            spec = layer.spec if training else layer.spec._replace(drop_path=0.0)
-            x = functional.call(layer.operands(x, own), spec, autocast)
+        self._check_for_kernels(x, autocast is not None)  # Triton's check nothing
+        own = None
+        for segment in self.description.segments:
+            if segment.run is not None and autocast is None and self._goes_by_run(x, segment):
+                with _part(segment.name):
+                    x = self._run(x, segment, training)
+                continue
+            own = self.spec.tensors(self._tensors) if own is None else own
+            for i in range(segment.first, segment.last):
+                layer = self.spec.layers[i]
+                spec = layer.spec if training else layer.spec._replace(drop_path=0.0)
+                with _part(f"layers.{i}"):
+                    x = functional.call(layer.operands(x, own[i]), spec, autocast)
         return x
+
+    def _goes_by_run(self, x: Tensor, segment: Segment) -> bool:
+        if dispatch.transforms_are_active():
+            return False
+        is_triton = isinstance(dispatch.choose(x.device, x.dtype, x.numel() == 0), Triton)
+        return is_triton and run_launch.has_tiles(x.device.type, x.device.index, x.dtype, segment.run.widths[0])
+
+    def _run(self, x: Tensor, segment: Segment, training: bool) -> Tensor:
+        if explanation.is_listening():
+            choice = cast(Triton, dispatch.backend(x.device, x.dtype))
+            explanation.note_run(choice, x, segment.run, run_launch.tiles(x, segment.run), self.recompute)
+        dropping = segment.run.dropping if training else []
+        seeds = network_ops.draw_seeds(dropping, len(segment.run.layers)) if dropping else None
+        tensors = run_ops.own_tensors(segment, self.spec, self._tensors)
+        return run_ops.residual_run(x, tensors, segment, seeds, self.recompute)
+
+    def _check_for_kernels(self, x: Tensor, is_autocast: bool) -> None:
+        """Every layer's operands, once for all calls that are alike in what is checked."""
+        if is_compiling():
+            network_checks.check_input(x, self.sizes[0])
+            return
+        facts = (is_autocast, x.dtype, x.device, *((t.shape, t.dtype, t.device) for t in self._tensors))
+        if facts not in self._checked:
+            network_checks.check(x, self.spec, self._tensors, is_autocast)
+            self._checked = {facts}
 
 
 def _forget(handle: int) -> None:
     differentiated_again.discard(handle)
     launch.unbind(handle)
+
+
+def _part(name: str) -> AbstractContextManager[object]:
+    return explanation.part(name) if explanation.is_listening() else nullcontext()
 
 
 class Described(Network):

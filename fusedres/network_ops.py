@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, philox, reference
+from . import dispatch, philox, reference, run_launch
 from .kernels.cpu import launch, plan
 from .kernels.spec import ACTIVATIONS, NetworkSpec
 from .launch import way_index
@@ -104,10 +104,16 @@ def _found(x: Tensor, codes: Sequence[int], numbers: Sequence[float]) -> tuple[N
     return spec, way_index(dispatch.cpu_way(dispatch.rows(x, spec.widths[0], False), spec.widths, x.dtype))
 
 
+@torch.library.impl(_LIBRARY, "residual_network", "CUDA")
 @torch.library.impl(_LIBRARY, "residual_network", "CPU")
 def _residual_network(
     x: Tensor, parameters: Sequence[Tensor], seeds: Tensor | None, codes: Sequence[int], numbers: Sequence[float]
 ) -> Tensor:
+    if isinstance(dispatch.backend(x.device, x.dtype), dispatch.Triton):  # which is given runs alone
+        spec = plan.decoded(tuple(codes), tuple(numbers))
+        if run_launch.tiles(x, spec) is None:  # no longer, with other products in float32 than it was compiled for
+            return reference.network(x, parameters, spec, seeds)
+        return run_launch.forward(spec, parameters, x, seeds, None)[0]
     spec, way = _found(x, codes, numbers)
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], spec.widths[-1])
@@ -121,6 +127,7 @@ def _residual_network_fake(
     return x.new_empty(*x.shape[:-1], codes[-plan.CODES])
 
 
+@torch.library.impl(_LIBRARY, "residual_network_backward", "CUDA")
 @torch.library.impl(_LIBRARY, "residual_network_backward", "CPU")
 def _residual_network_backward(
     g: Tensor,
@@ -131,6 +138,13 @@ def _residual_network_backward(
     numbers: Sequence[float],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    if isinstance(dispatch.backend(x.device, x.dtype), dispatch.Triton):
+        spec = plan.decoded(tuple(codes), tuple(numbers))
+        if run_launch.tiles(x, spec) is None:
+            return list(reference.network_gradients(g, x, parameters, spec, seeds, wanted))
+        _, kept = run_launch.forward(spec, parameters, x, seeds, 1)
+        gradients = run_launch.backward(g, spec, parameters, x, kept, seeds, 1, wanted)
+        return [gradient for gradient in gradients if gradient is not None]
     spec, way = _found(x, codes, numbers)
     if x.numel() == 0:
         return [torch.zeros_like(t) for t, is_wanted in zip((x, *parameters), wanted, strict=True) if is_wanted]

@@ -1,0 +1,158 @@
+"""Runs of layers within networks, in Triton: found, chosen, shown, and the same in whatever way they are called."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_stack import SINGLE, gradients, laplacian, twins
+from torch import nn
+from torch.testing import assert_close
+
+import fusedres
+from fusedres import FusedResidualStack, Network, dispatch, run_launch
+from fusedres.run_ops import segments
+
+pytestmark = pytest.mark.backends("triton")
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(direction, layers) of every launch of a run's kernel."""
+    found = []
+
+    def counted(name):
+        call = getattr(run_launch, name)
+        place = 0 if name == "forward" else 1
+        return lambda *arguments: (found.append((name, len(arguments[place].layers))), call(*arguments))[1]
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(run_launch, name, counted(name))
+    return found
+
+
+def spans(module):
+    return [(one.first, one.last, one.run is not None) for one in segments(module._description.spec)]
+
+
+def test_runs_are_neighbours_of_one_width_and_kind():
+    stack = FusedResidualStack([5, 8, 8, 8, 8, 3, 3, 3], last_activation="none")
+    assert spans(stack) == [(0, 1, False), (1, 4, True), (4, 5, False), (5, 6, False), (6, 7, False)]
+    assert spans(FusedResidualStack([4] * 5, last_activation="none")) == [(0, 3, True), (3, 4, False)]
+    assert spans(FusedResidualStack([4] * 5, skip=None)) == [(0, 4, True)]
+    separate = Network([torch.zeros(4, 4)] * 3)
+    assert [one.run for one in segments(separate.spec)] == [None] * 3
+    stacked = Network(torch.zeros(3, 4, 4), last_activation="none")  # whose last layer is in no run
+    assert [(one.first, one.last) for one in segments(stacked.spec)] == [(0, 2), (2, 3)]
+
+
+def test_one_launch_each_way(device, launches):
+    stack, _ = twins([6] * 40, {}, device)
+    stack(torch.randn(9, 6, device=device)).sum().backward()
+    assert launches == [("forward", 39), ("backward", 39)]
+    launches.clear()
+    with torch.no_grad():
+        stack(torch.randn(9, 6, device=device))
+    with fusedres.eager():
+        stack(torch.randn(9, 6, device=device))
+    with torch.autocast(device, torch.bfloat16):
+        stack(torch.randn(9, 6, device=device))
+    assert launches == [("forward", 39)]
+
+
+def test_mixed_widths_are_shown(device, fused, capsys):
+    stack, _ = twins([5, 8, 8, 8, 3, 3], {"skip": "projection"}, device)
+    calls = fusedres.explain(nn.Sequential(stack), torch.randn(70, 5, device=device))
+    assert [call.name for call in calls] == ["0.layers.0", "0.layers.1-2", "0.layers.3", "0.layers.4"]
+    assert {call.backend for call in calls} == {fused}
+    printed = capsys.readouterr().out
+    assert "0.layers.1-2 [70, 8] -> [70, 8] torch.float32, 2 layers: triton" in printed
+    assert (
+        "2 × gelu, order pre, skip identity, in one kernel each way; rows between layers kept for backward" in printed
+    )
+    assert "backward StackTile(" in printed
+
+
+@pytest.mark.parametrize("width", [17, 130])
+def test_every_way_to_call_it_gives_the_same(width, device, launches):
+    """As a run where there is a tile, layer by layer where there is none, and through the operator."""
+    options = {"learn_skip_scale": True, "learn_branch_scale": "channel", "order": "post", "activation": "silu"}
+    stack, eager = twins([width] * 4, options, device)
+    x, g = torch.randn(70, width, device=device), torch.randn(70, width, device=device)
+    ours, theirs = gradients(stack, x, g), gradients(eager, x, g)
+    assert len(launches) == (2 if width == 17 else 0)
+    compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    named = dict(zip(dict(stack.named_parameters()), torch.autograd.grad(y, list(stack.parameters()), g), strict=True))
+    for name, value in theirs.items():
+        assert_close(ours[name], value, rtol=1e-3, atol=1e-4 * max(1.0, value.abs().max().item()))
+    for name, value in stack.by_layer(named).items():
+        assert_close(value, theirs[name], rtol=1e-3, atol=1e-4 * max(1.0, value.abs().max().item()))
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_path": 0.4}, {"branch_scale": [0.1 * i for i in range(7)]}], ids=str)
+def test_recomputing_gives_the_same_bits(options, device):
+    x, g = torch.randn(45, 6, device=device), torch.randn(45, 6, device=device)
+    found = [gradients(twins([6] * 8, options, device, recompute=way)[0], x, g) for way in (False, True)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_thousand_layers(device, launches):
+    stack, eager = twins([16] * 1001, {"branch_scale": 0.03, "activation": "relu"}, device, recompute=True)
+    x, g = torch.randn(3, 16, device=device), torch.randn(3, 16, device=device)
+    ours, theirs = gradients(stack, x, g), gradients(eager, x, g)
+    assert launches == [("forward", 1000), ("backward", 1000)]
+    for kind in ("y", "dx", "weight", "bias"):
+        a, b = (torch.cat([t[name].flatten() for name in theirs if name.endswith(kind)]) for t in (ours, theirs))
+        assert_close(a, b, rtol=1e-2, atol=1e-3 * b.abs().max().item())
+
+
+def test_recompute_auto_goes_by_what_is_kept():
+    assert dispatch.stack_keeps(64, 65536, 128, torch.bfloat16, "auto") == 1
+    assert dispatch.stack_keeps(64, 1 << 20, 128, torch.bfloat16, "auto") == 8
+    assert dispatch.stack_keeps(64, 65536, 128, torch.bfloat16, False) == 1
+    assert dispatch.stack_keeps(1000, 1, 16, torch.float32, True) == 32
+
+
+def test_batch_invariance(device):
+    stack, _ = twins([20] * 5, {}, device)
+    x = torch.randn(200, 20, device=device)
+    with torch.no_grad(), fusedres.batch_invariant():
+        assert torch.equal(stack(x)[:3], stack(x[:3]))
+
+
+def test_transposed_and_expanded_inputs(device):
+    stack, eager = twins([12] * 4, {}, device)
+    for x in (torch.randn(12, 30, device=device).t(), torch.randn(1, 12, device=device).expand(30, 12)):
+        assert_close(stack(x), eager(x), **SINGLE)
+        (gradient,) = torch.autograd.grad(stack(x.requires_grad_()).sum(), x)
+        assert_close(gradient, torch.autograd.grad(eager(x).sum(), x)[0], **SINGLE)
+        x.requires_grad_(False)
+
+
+def test_differentiated_again_and_batched(device):
+    stack, eager = twins([3, 8, 8, 8, 1], {"activation": "tanh"}, device)
+    x = torch.randn(6, 3, device=device)
+    assert_close(laplacian(stack, x), laplacian(eager, x), rtol=1e-3, atol=1e-4)
+    rows = torch.eye(6, device=device)[..., None]
+    found = [
+        torch.autograd.grad(model(x), list(model.parameters()), rows, is_grads_batched=True) for model in (stack, eager)
+    ]
+    ours = stack.by_layer(dict(zip(dict(stack.named_parameters()), (t[2] for t in found[0]), strict=True)))
+    theirs = dict(zip(dict(eager.named_parameters()), (t[2] for t in found[1]), strict=True))
+    for name, value in theirs.items():
+        assert_close(ours[name], value, **SINGLE)
+
+
+def test_what_changes_is_seen(device):
+    stack, eager = twins([8] * 5, {}, device)
+    x = torch.randn(5, 8, device=device)
+    stack(x)
+    for model in (stack, eager):
+        with torch.no_grad():
+            model.layers[2][0].weight.mul_(3)
+    assert_close(stack(x), eager(x), **SINGLE)
+    with pytest.raises(TypeError, match=r"layer 0: weight must be torch.float16, the dtype of x"):
+        stack(x.half())
+    if device == "cpu":  # eager has no float16 on a CPU worth the name
+        stack.half()
+        assert stack(x.half()).dtype == torch.float16
