@@ -45,21 +45,23 @@ if [ "${FUSEDRES_DRY:-0}" = 1 ]; then
     stage tests 120 tests.log "${TEST[@]}" tests/test_exact.py -k "ships or bare"
     stage exact 120 run.log "$PYTHON" bench/exact.py --quick --seeds 1 --jobs 1 --mode fp32 --out "$OUT/exact.json"
     stage layer 120 run.log "$PYTHON" bench/layer.py --device cpu --rows 64 --widths 16 --out "$OUT/layer.json"
+    stage stack 120 run.log "$PYTHON" bench/stack.py --device cpu --rows 64 --widths 16 --depths 4 --out "$OUT/stack.json"
     stage overhead 120 run.log "$PYTHON" bench/overhead.py --device cpu --runs 5 --json "$OUT/overhead.json"
 else
     stage versions 20 versions.txt "$PYTHON" bench/timing.py
     # every option is a kernel of its own to compile; what is slow needs no GPU
-    stage tests 240 tests.log "${TEST[@]}" ${XDIST[@]+"${XDIST[@]}"} -m "not slow" tests
+    stage tests 190 tests.log "${TEST[@]}" ${XDIST[@]+"${XDIST[@]}"} -m "not slow" tests
     stage exact 90 run.log "$PYTHON" bench/exact.py --seeds 4 --budget-s 80 --out "$OUT/exact.json"
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do
-            stage $tool 30 sanitizer.log compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 \
-                "$PYTHON" bench/exact.py --quick --seeds 1 --jobs 0 --mode bf16 --budget-s 22
+            stage $tool 24 sanitizer.log compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 \
+                "$PYTHON" bench/exact.py --quick --seeds 1 --jobs 0 --mode bf16 --budget-s 17
         done
     else
         stage sanitizer 5 sanitizer.log sh -c "echo compute-sanitizer is not installed; exit 127"
     fi
-    TAIL=24 stage layer 130 run.log "$PYTHON" bench/layer.py --budget-s 105 --out "$OUT/layer.json"
+    TAIL=60 stage stack 150 run.log "$PYTHON" bench/stack.py --budget-s 125 --out "$OUT/stack.json"
+    TAIL=24 stage layer 80 run.log "$PYTHON" bench/layer.py --budget-s 60 --out "$OUT/layer.json"
     TAIL=24 stage overhead 25 run.log "$PYTHON" bench/overhead.py --runs 100 --json "$OUT/overhead.json"
 fi
 cat "$OUT/summary.json"

@@ -76,21 +76,21 @@ def measure(M: int, d: int, dtype: torch.dtype, device: str, with_autotuned: boo
         result["compile-autotuned"] = {"failure": "left out: no time left"}
 
     truth = step(eager, tuple(t.detach().to(wider(dtype)).requires_grad_() for t in operands), g.to(wider(dtype)))
-    own = _errors(step(eager, operands, g), truth)
+    own = errors(step(eager, operands, g), truth)
     running: dict[str, Layer] = {}
     for name, layer in ways(with_autotuned).items():
         begin = time.perf_counter()
         try:
             with torch.no_grad():
                 layer(*operands)
-            errors = _errors(step(layer, operands, g), truth)
+            found = errors(step(layer, operands, g), truth)
         except Exception as error:
             result[name]["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             continue
         result[name]["first_call_s"] = round(time.perf_counter() - begin, 2)
         result[name]["error_over_eager"] = relative = {
-            tensor: [mine / max(theirs, 1e-30) for mine, theirs in zip(errors[tensor], own[tensor], strict=True)]
-            for tensor in errors
+            tensor: [mine / max(theirs, 1e-30) for mine, theirs in zip(found[tensor], own[tensor], strict=True)]
+            for tensor in found
         }
         if all(largest <= MAX_LIMIT and rms <= RMS_LIMIT for largest, rms in relative.values()):
             running[name] = layer
@@ -117,7 +117,7 @@ def measure(M: int, d: int, dtype: torch.dtype, device: str, with_autotuned: boo
                 **_rates(kind, M, d, dtype, t.median, peaks),
             }
             if device == "cuda" and kind == "training":
-                result[name][kind]["peak_mib"] = _peak_mib(functions[name])
+                result[name][kind]["peak_mib"] = peak_mib(functions[name])
     return result
 
 
@@ -125,7 +125,7 @@ def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-def _errors(got: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, tuple[float, float]]:
+def errors(got: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, tuple[float, float]]:
     """The largest and the root mean square error of y and of each gradient."""
     found = {}
     for name, mine, theirs in zip(("y", "x", "weight", "bias"), got, truth, strict=True):
@@ -150,7 +150,7 @@ def _rates(kind: str, M: int, d: int, dtype: torch.dtype, ms: float, peaks: dict
     }
 
 
-def _peak_mib(function: Callable[[], object]) -> float:
+def peak_mib(function: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
