@@ -185,7 +185,9 @@ def compile_job(job: Job) -> tuple[Job, Finding]:
 def compiled(launch: Launch, arch: Arch, is_ragged: bool) -> Any:
     """The kernel with the arguments that its launcher gives it, specialised as Triton would specialise a call."""
     kernel, args, kwargs = launch
-    options = {option: kwargs.pop(option) for option in ("num_warps", "num_stages")}
+    options = {option: kwargs.pop(option) for option in ("num_warps", "num_stages", "maxnreg") if option in kwargs}
+    if arch.dispatch == "hip":
+        options.pop("maxnreg", None)  # ptxas's
     values = dict(zip(kernel.arg_names, args, strict=False), **kwargs)
     divisible = [["tt.divisibility", 16]]
     signature: dict[str, str] = {}

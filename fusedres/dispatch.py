@@ -294,7 +294,7 @@ _STACKS = {
     ("tf32", 16): StackTiles(StackTile(128, 8, 3), StackTile(64, 8, 2)),
     ("tf32", 32): StackTiles(StackTile(128, 8, 3), StackTile(64, 8, 2)),
     ("tf32", 64): StackTiles(StackTile(64, 8, 3), StackTile(32, 8, 2)),
-    ("tf32", 128): StackTiles(StackTile(32, 8, 2), StackTile(32, 8, 2)),
+    ("tf32", 128): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 2)),
     ("exact", 16): StackTiles(StackTile(32, 8, 2), StackTile(32, 4, 1)),
     ("exact", 32): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 2)),
     ("exact", 64): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 1)),
@@ -313,14 +313,13 @@ def stack_tiles(d: int, dtype: torch.dtype, precision: str, target: str, is_skin
     if (kind, width) not in _STACKS or (target == "hip" and width * dtype.itemsize > 128):
         return None
 
-    def fitted(tile: StackTile, rows: int) -> StackTile:
-        # 16 narrow rows are little for 8 warps, for which ptxas then spills at 80 registers
-        warps = 4 if is_skinny and kind != "exact" and width * dtype.itemsize < 256 else tile.warps
-        return StackTile(16 if is_skinny else rows, warps, 1 if target == "hip" else tile.stages)
+    def fitted(tile: StackTile, has_fewer: bool) -> StackTile:
+        rows = 16 if is_skinny else max(16, tile.BLOCK_M // 2) if has_fewer else tile.BLOCK_M
+        return StackTile(rows, tile.warps, 1 if target == "hip" else tile.stages)
 
+    # a width that is no multiple of 16 loads element by element, with an address each
     forward, backward = _STACKS[kind, width]
-    fewer = max(16, backward.BLOCK_M // 2) if target == "hip" else backward.BLOCK_M
-    return StackTiles(fitted(forward, forward.BLOCK_M), fitted(backward, fewer))
+    return StackTiles(fitted(forward, width == 128 and d % 16 > 0), fitted(backward, target == "hip"))
 
 
 def stack_keeps(L: int, M: int, d: int, dtype: torch.dtype, recompute: bool | str) -> int:

@@ -24,6 +24,7 @@ from .layer import rows
 from .layer_backward import product_over_rows
 from .philox import drop_rows
 from .stack import (
+    ALL_REGISTERS,
     branch_scale,
     climb,
     forward_into,
@@ -256,7 +257,7 @@ def _descend(
         g, g.stride(0), kept, scratch, x, x.stride(0), *parameters(run),
         M, L, every if every > 1 else L, programs,
         **options(run), PRECISION=precision, NEEDS_Z=run.activation != "none" or wanted.branch_scale,
-        WIDTH=d, BLOCK_M=tile.BLOCK_M, BLOCK_D=padded(d), num_warps=tile.warps, num_stages=tile.stages,
+        WIDTH=d, BLOCK_M=tile.BLOCK_M, BLOCK_D=padded(d), num_warps=tile.warps, num_stages=tile.stages, **ALL_REGISTERS,
     )  # fmt: skip
 
     sums = {name: partial.sum(0) for name, partial in into.items()}
