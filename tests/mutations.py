@@ -184,7 +184,10 @@ MUTATIONS = {
         "kernels/triton/stack.py", "size = tl.cast(M, tl.int64) * WIDTH", "size = M * WIDTH", STACK + " -k beyond"
     ),
     "stack: g handed on in x's type": Mutation(
-        "kernels/triton/stack_backward.py", "torch.float32 if first > 0 else x.dtype", "x.dtype", STACK
+        "kernels/triton/stack_backward.py",
+        "torch.float32 if first > 0 else x.dtype",
+        "x.dtype",
+        STACK + " -k bits_of_what",
     ),
     "stack: post slope at z": Mutation(
         "kernels/triton/stack_backward.py", "g *= slope(v, ACTIVATION)", "g *= slope(z, ACTIVATION)", STACK
