@@ -31,7 +31,8 @@ def peak_growth(way: str, row: cpu_cases.Row) -> dict[str, int | bool]:
     if way == "eager":
         contender = opponents.of_module(module)
     else:
-        contender = opponents.fused(module, row, recompute=RECOMPUTE[way])
+        build = opponents.stacked if row.can_stack else opponents.fused
+        contender = build(module, row, recompute=RECOMPUTE[way])
     contender.step(x[:1], target[:1])  # loads what is loaded at first use
     contender.clear()
     is_reset = _reset_peak()
@@ -66,7 +67,7 @@ def in_own_process(way: str, name: str, rows: int | None) -> dict[str, int | boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", default="c65536", choices=[row.name for row in cpu_cases.ROWS], metavar="ROW")
+    parser.add_argument("--row", default="c65536", metavar="ROW", help="of cpu_cases.py, or g64")
     parser.add_argument("--rows", type=int, metavar="M", help="of x, in the place of the row's own")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--way", choices=WAYS, help="measure one in this process, and print it as JSON")

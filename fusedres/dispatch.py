@@ -300,9 +300,8 @@ _STACKS = {
     ("exact", 64): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 1)),
 }
 # A run's backward sums dw itself where its partial sums move less than dz through memory to a product over rows would
-# (`python bench/stack_bytes.py`): in narrow layers, up to so many bytes of them, in wider ones where a cache has them.
+# (`python bench/stack_bytes.py`): in narrow layers, up to so many bytes of them.
 STACK_SUMS_UP_TO, STACK_SUMS_BYTES = 32, 256 << 20
-STACK_CACHED_SUMS_UP_TO, STACK_CACHED_SUMS_BYTES = 64, 32 << 20
 STACK_KEPT_UP_TO = 1 << 30  # bytes of rows between layers that are kept for backward, with recompute="auto"
 
 
@@ -332,9 +331,7 @@ def stack_keeps(L: int, M: int, d: int, dtype: torch.dtype, recompute: bool | st
 def stack_sums_weight(L: int, d: int, multiprocessors: int) -> bool:
     """Whether a run's backward sums dw itself, with partial sums for two programs on every multiprocessor."""
     partial = 2 * multiprocessors * L * d * d * 4
-    return (d <= STACK_SUMS_UP_TO and partial <= STACK_SUMS_BYTES) or (
-        d <= STACK_CACHED_SUMS_UP_TO and partial <= STACK_CACHED_SUMS_BYTES
-    )
+    return d <= STACK_SUMS_UP_TO and partial <= STACK_SUMS_BYTES
 
 
 def stack_programs(M: int, L: int, d: int, tile: StackTile, sums_weight: bool, multiprocessors: int) -> int:

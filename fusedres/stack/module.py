@@ -31,7 +31,10 @@ class _Bound(NamedTuple):
 
     @property
     def is_current(self) -> bool:
-        return all(place.get(name) is tensor for place, name, tensor in self.origins)
+        for place, name, tensor in self.origins:  # written out: a generator shows in a small network's time
+            if place.get(name) is not tensor:
+                return False
+        return True
 
 
 class FusedResidualStack(nn.Module):
@@ -139,10 +142,11 @@ class FusedResidualStack(nn.Module):
         # compilers and transforms call with tensors of their own, which are not to outlive the call
         if torch.compiler.is_compiling() or dispatch.transforms_are_active():
             return Described(self._description, self._tensors())(x, self.training)
-        if self._bound is None or not self._bound.is_current:
+        bound = self._bound
+        if bound is None or not bound.is_current:
             network = Described(self._description, self._tensors())
-            self._bound = _Bound(network, _origins(self, network.parameters))
-        return self._bound.network(x, self.training)
+            self.__dict__["_bound"] = bound = _Bound(network, _origins(self, network.parameters))
+        return bound.network(x, self.training)
 
     def _described(self) -> Description:
         recipe = self.recipe
