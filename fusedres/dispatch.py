@@ -312,13 +312,18 @@ def stack_tiles(d: int, dtype: torch.dtype, precision: str, target: str, is_skin
     if (kind, width) not in _STACKS or (target == "hip" and width * dtype.itemsize > 128):
         return None
 
-    def fitted(tile: StackTile, has_fewer: bool) -> StackTile:
-        rows = 16 if is_skinny else max(16, tile.BLOCK_M // 2) if has_fewer else tile.BLOCK_M
-        return StackTile(rows, tile.warps, 1 if target == "hip" else tile.stages)
+    def fitted(tile: StackTile, share: int, has_room: bool = True) -> StackTile:
+        rows = 16 if is_skinny else max(16, tile.BLOCK_M // share)
+        return StackTile(rows, tile.warps, tile.stages if has_room and target != "hip" else 1)
 
     # a width that is no multiple of 16 loads element by element, with an address each
+    is_ragged = d % 16 > 0
+    fewer = 2 if is_ragged and width == 128 else 1
     forward, backward = _STACKS[kind, width]
-    return StackTiles(fitted(forward, width == 128 and d % 16 > 0), fitted(backward, target == "hip"))
+    return StackTiles(
+        fitted(forward, fewer, has_room=not (is_ragged and kind == "exact")),
+        fitted(backward, 4 if target == "hip" else fewer),
+    )
 
 
 def stack_keeps(L: int, M: int, d: int, dtype: torch.dtype, recompute: bool | str) -> int:

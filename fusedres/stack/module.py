@@ -31,7 +31,7 @@ class _Bound(NamedTuple):
 
     @property
     def is_current(self) -> bool:
-        for place, name, tensor in self.origins:  # written out: a generator shows in a small network's time
+        for place, name, tensor in self.origins:  # noqa: SIM110 : a generator shows in a small network's time
             if place.get(name) is not tensor:
                 return False
         return True
