@@ -149,9 +149,11 @@ class Network:
         return known
 
     def _bind(self) -> int:
-        self._handle = launch.bind(self.spec, self._tensors)
-        weakref.finalize(self, _forget, self._handle).atexit = False
-        return self._handle
+        handle = launch.bind(self.spec, self._tensors)
+        network_ops.bound.add(handle)
+        weakref.finalize(self, _forget, handle).atexit = False
+        self._handle = handle
+        return handle
 
     @property
     def _is_plain(self) -> bool:
@@ -259,6 +261,7 @@ class Network:
 
 
 def _forget(handle: int) -> None:
+    network_ops.bound.discard(handle)
     differentiated_again.discard(handle)
     launch.unbind(handle)
 

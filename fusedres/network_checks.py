@@ -81,6 +81,12 @@ def described(
 def check(x: Tensor, spec: NetworkSpec, tensors: Sequence[Tensor], is_autocast: bool) -> None:
     """Raises TypeError or ValueError where x does not fit, or a tensor no longer does."""
     check_input(x, spec.widths[0])
+    depths = {layer.slots.weight: layer.slice + 1 for layer in spec.layers if layer.slice >= 0}  # the last one's stays
+    for slot, depth in depths.items():
+        if tensors[slot].dim() != 3 or tensors[slot].shape[0] != depth:
+            raise ValueError(
+                f"a stacked weight must stay that of {depth} layers, got shape {list(tensors[slot].shape)}"
+            )
     for i, (layer, own) in enumerate(zip(spec.layers, spec.tensors(tensors), strict=True)):
         with naming(i):
             given = layer.operands(x.new_empty(1, layer.K), own)

@@ -67,6 +67,7 @@ def _double_backward(
 # By the handle of the engine: the networks whose gradients have been differentiated again. Such a network does better
 # by the formula from its forward on, wherever x requires a gradient.
 differentiated_again: set[int] = set()
+bound: set[int] = set()  # the networks that there are
 
 _SMOOTH = {name: partial(launch.activate, activation=name) for name in ACTIVATIONS}
 
@@ -89,10 +90,14 @@ def _differentiable_backward(
     network: int,
 ) -> list[Tensor]:
     """The engine's node's backward, where that is to be differentiated."""
-    differentiated_again.add(network)
-    y = differentiable(x, parameters, plan.decoded(tuple(codes), tuple(numbers)), seeds)
-    inputs = [t for t, is_wanted in zip((x, *parameters), wanted, strict=True) if is_wanted]
-    return list(torch.autograd.grad(y, inputs, g, create_graph=True, materialize_grads=True))
+    if network in bound:
+        differentiated_again.add(network)
+    spec = plan.decoded(tuple(codes), tuple(numbers))
+
+    def formula(x: Tensor, *parameters: Tensor) -> Tensor:
+        return differentiable(x, parameters, spec, seeds)
+
+    return reference.differentiable_gradients(formula, (x, *parameters), g, wanted)
 
 
 # ---------------------------------------------------------------------------------------------- operators

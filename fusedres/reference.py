@@ -106,6 +106,22 @@ def network_gradients(
     return pull(g.to(y.dtype))
 
 
+def differentiable_gradients(
+    formula: Callable[..., Tensor], inputs: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]
+) -> list[Tensor]:
+    """The wanted gradients of formula(*inputs), themselves differentiable where gradients are recorded.
+
+    For a backward that is being differentiated: each input counts for its own place alone, even where one is computed
+    from another, or stands twice; hooks on them wait for what comes out of this.
+    """
+    creates_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(g.device.type, enabled=False):
+        places = [t.view_as(t) if is_wanted else t for t, is_wanted in zip(inputs, wanted, strict=True)]
+        chosen = [t for t, is_wanted in zip(places, wanted, strict=True) if is_wanted]
+        y = formula(*places)
+        return list(torch.autograd.grad(y, chosen, g.to(y.dtype), create_graph=creates_graph, materialize_grads=True))
+
+
 def residual_linear(
     x: Tensor,
     weight: Tensor,

@@ -106,7 +106,8 @@ def _described(spec: NetworkSpec, tensors: Sequence[Tensor], seeds: Tensor | Non
 
     def number(name: str) -> Any:
         values = tuple(getattr(layer.spec, name) for layer in spec.layers)
-        return values[0] if len(set(values)) == 1 else _on_device(values, device)
+        dtype = torch.int64 if name == "drop_threshold" else torch.float32
+        return values[0] if len(set(values)) == 1 else _on_device(values, dtype, device)
 
     lam, a = of("skip_scale"), of("branch_scale")
     return Run(
@@ -124,9 +125,9 @@ def _described(spec: NetworkSpec, tensors: Sequence[Tensor], seeds: Tensor | Non
 
 
 @lru_cache(maxsize=256)
-def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Layers' numbers where kernels read them: float32, or int64."""
-    return torch.tensor(values, device=device, dtype=torch.float32 if isinstance(values[0], float) else torch.int64)
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Layers' numbers where kernels read them."""
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 def _refuse_capture(x: Tensor, seeds: Tensor | None) -> None:

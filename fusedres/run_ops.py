@@ -92,10 +92,11 @@ class _Run(torch.autograd.Function):
         x, *tensors, kept = ctx.saved_tensors
         spec, seeds, wanted = ctx.spec, ctx.seeds, ctx.needs_input_grad[3:]
         if torch.is_grad_enabled() or dispatch.is_legacy_batch(g):
-            inputs = [t for t, is_wanted in zip((x, *tensors), wanted, strict=True) if is_wanted]
-            with torch.enable_grad():
-                y = reference.network(x, tensors, spec, seeds)
-            found = iter(torch.autograd.grad(y, inputs, g, create_graph=torch.is_grad_enabled()))
+
+            def formula(x: Tensor, *tensors: Tensor) -> Tensor:
+                return reference.network(x, tensors, spec, seeds)
+
+            found = iter(reference.differentiable_gradients(formula, (x, *tensors), g, wanted))
             return (None, None, None, *[next(found) if is_wanted else None for is_wanted in wanted])
         gradients = run_launch.backward(g, spec, tensors, x, kept, seeds, ctx.every, wanted)
         return (None, None, None, *gradients)

@@ -40,7 +40,7 @@ ARROWS = {
         "run_launch",
         "run_ops",
     },
-    "stack": {"dispatch", "network", "reference", "stack_checks"},
+    "stack": {"kernels", "dispatch", "network", "reference", "stack_checks"},
     "gradients": set(),
     "warming": set(),
     "studies": {"functional", "reference", "gradients", "modules", "stack", "dispatch", "explanation", ""},

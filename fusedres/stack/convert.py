@@ -31,6 +31,7 @@ def recipe_of(module: nn.Module, options: dict[str, Any]) -> tuple[list[int], di
     if isinstance(module, ResidualStack):
         return list(module.recipe.sizes), module.recipe.options | options
     linears, found = _read(module)
+    _refuse_other_parts(module)
     sizes = [linears[0].in_features, *(linear.out_features for linear in linears)]
     kinds = ["projection"] if dict(getattr(module, "projections", {})) else ["auto", None]
     candidates = [found | {"skip": kind} | options for kind in kinds]
@@ -88,14 +89,39 @@ def _activation(i: int, module: nn.Module) -> tuple[str, str]:
     return _ACTIVATIONS[type(module)], "none"
 
 
+def _refuse_other_parts(module: nn.Module) -> None:
+    """Raises TypeError for modules that are neither layers nor projections: dropout, norms, what a stack has not."""
+    known = {"layers", "projections"}
+    for name, part in module.named_modules():
+        if name and name.partition(".")[0] not in known:
+            raise TypeError(f"module must have `layers` and `projections` alone, got {name}, {part}")
+
+
 def _computes_the_same(module: nn.Module, twin: ResidualStack) -> bool:
-    """Whether both give the same in float64, on a few rows."""
-    exact = deepcopy(module).double().cpu().eval()
+    """Whether both give the same output and gradients in float64, of a few rows and with parameters drawn anew.
+
+    The module's own may hide what it does: a head that begins at 0 makes all networks one.
+    """
+    exact = deepcopy(module).double().cpu().requires_grad_()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in exact.parameters():
+            value.copy_(
+                torch.randn(value.shape, generator=draw, dtype=torch.float64) * max(value.shape[-1:] or [1]) ** -0.5
+            )
     try:
-        filled(twin, dict(exact.named_parameters()), False)
+        filled(twin, dict(exact.named_parameters()), exact.training)
     except RuntimeError as error:
         raise ValueError(f"{type(module).__name__} has other parameters than a stack of its layers: {error}") from None
-    x = torch.randn(_PROBES, twin.recipe.sizes[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        theirs, ours = exact(x), twin(x)
-    return theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= _SAME * theirs.abs().max())
+    x = torch.randn(_PROBES, twin.recipe.sizes[0], dtype=torch.float64, generator=draw).requires_grad_()
+
+    def outcome(model: nn.Module) -> list[Tensor]:
+        with torch.random.fork_rng([]), torch.enable_grad():
+            y = model(x)
+            inputs = [x, *(value for _, value in sorted(model.named_parameters()))]
+            found = torch.autograd.grad(y.square().sum(), inputs, allow_unused=True, materialize_grads=True)
+        return [y.detach(), *found]
+
+    twin.layers.requires_grad_(), twin.projections.requires_grad_()
+    pairs = list(zip(outcome(exact), outcome(twin), strict=True))
+    return all(a.shape == b.shape and bool((a - b).abs().max() <= _SAME * a.abs().max()) for a, b in pairs)

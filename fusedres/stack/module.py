@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch, stack_checks
+from ..kernels.spec import Slots
 from ..network import Described, Description, Network
 from ..reference import MODULES, ResidualStack, learned_scales
 from . import convert
-from .runs import LinearSlice, Run, StackLayer
+from .runs import LinearSlice, Run, StackLayer, StackLayers
 
 # what eager calls layer i's slice of a run's parameter
 _NAMES = {
@@ -24,10 +25,10 @@ _NAMES = {
 
 
 class _Bound(NamedTuple):
-    """A network, and where in the module its tensors stood when it was made: (the place, a name in it, the tensor)."""
+    """A network, and where in the module its tensors, and what holds them, stood: (the place, a name in it, what)."""
 
     network: Network
-    origins: list[tuple[Mapping[str, Any], str, Tensor]]
+    origins: list[tuple[Mapping[str, Any], str, Any]]
 
     @property
     def is_current(self) -> bool:
@@ -98,7 +99,7 @@ class FusedResidualStack(nn.Module):
         runs = [Run(layers, recipe, **factory) for layers in recipe.runs() if len(layers) > 1]
         run_of = {i: run for run in runs for i in run.layers}
         self.runs = nn.ModuleDict({run.name: run for run in runs})
-        self.layers = nn.ModuleList()
+        self.layers = StackLayers()
         for i, ((K, N), layer) in enumerate(zip(recipe.pairs, recipe.layers, strict=True)):  # each draws as it is made
             linear = LinearSlice(run_of[i], i) if i in run_of else nn.Linear(K, N, **factory)
             self.layers.append(StackLayer(linear, MODULES[layer.activation](), layer.skip))
@@ -106,6 +107,7 @@ class FusedResidualStack(nn.Module):
         alone = [i for i in range(len(recipe.layers)) if i not in run_of]
         self.skip_scales, self.branch_scales = learned_scales(recipe, alone, **factory)
         self._groups = recipe.runs()
+        self._has = [[one is not None for one in self._own(layers)] for layers in self._groups]
         self._description = self._described()
 
     @property
@@ -144,8 +146,9 @@ class FusedResidualStack(nn.Module):
             return Described(self._description, self._tensors())(x, self.training)
         bound = self._bound
         if bound is None or not bound.is_current:
-            network = Described(self._description, self._tensors())
-            self.__dict__["_bound"] = bound = _Bound(network, _origins(self, network.parameters))
+            network, origins = Described(self._description, self._tensors()), self._origins()
+            bound = _Bound(network, origins or [])
+            self.__dict__["_bound"] = bound if origins else None
         return bound.network(x, self.training)
 
     def _described(self) -> Description:
@@ -178,7 +181,13 @@ class FusedResidualStack(nn.Module):
 
     def _tensors(self) -> list[Tensor]:
         """The parameters as they are now, in the order of the description."""
-        return [one for layers in self._groups for one in self._own(layers) if one is not None]
+        found = [self._own(layers) for layers in self._groups]
+        there = [[one is not None for one in own] for own in found]
+        if there != self._has:
+            i, is_there = next((i, own) for i, own in enumerate(there) if own != self._has[i])
+            names = [name for name, now, once in zip(Slots._fields, is_there, self._has[i], strict=True) if now != once]
+            raise ValueError(f"layer {self._groups[i][0]}: {names[0]} must stay what it was, a tensor or None")
+        return [one for own in found for one in own if one is not None]
 
     def _own(self, layers: range) -> tuple[Tensor | None, ...]:
         """The tensors of a run, or of a layer by itself, in the order of `Slots`."""
@@ -192,6 +201,35 @@ class FusedResidualStack(nn.Module):
             weight, bias = self.projections[name].weight, self.projections[name].bias
         scales = [one[name] if name in one else None for one in (self.skip_scales, self.branch_scales)]  # noqa: SIM401
         return linear.weight, linear.bias, weight, bias, *scales
+
+    def _origins(self) -> list[tuple[Mapping[str, Any], str, Any]] | None:
+        """Where tensors and what holds them stand: (place, name, what); None where a tensor is computed anew."""
+        found: list[tuple[Mapping[str, Any], str, Any]] = []
+
+        def stands(module: nn.Module, name: str) -> Any:
+            place = module._modules if name in module._modules else module._parameters
+            found.append((place, name, place.get(name)))
+            return place.get(name)
+
+        for kind in ("runs", "layers", "projections", "skip_scales", "branch_scales"):
+            stands(self, kind)
+        for layers in self._groups:
+            name = str(layers[0])
+            owners: list[tuple[nn.Module, tuple[str, ...]]]
+            if len(layers) > 1:
+                owners = [
+                    (stands(self.runs, f"{layers[0]}-{layers[-1]}"), ("weight", "bias", "skip_scale", "branch_scale"))
+                ]
+            else:
+                owners = [(stands(stands(self.layers, name), "0"), ("weight", "bias"))]
+                if name in self.projections:
+                    owners.append((stands(self.projections, name), ("weight", "bias")))
+                owners += [(scales, (name,)) for scales in (self.skip_scales, self.branch_scales) if name in scales]
+            for owner, names in owners:
+                for one in names:
+                    stands(owner, one)
+        ids = {id(what) for _, _, what in found}
+        return found if all(id(one) in ids for one in self._tensors()) else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_bound"}
@@ -234,7 +272,8 @@ class FusedResidualStack(nn.Module):
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """By the names of eager; what belongs to a run are slices, which share its memory."""
-        found = super().state_dict(*args, prefix=prefix, **kwargs)
+        prefix = args[1] if len(args) > 1 else prefix  # as torch once passed it
+        found = super().state_dict(*args[:1], prefix=prefix, **kwargs)
         layered = self.by_layer(found, prefix)
         found.clear()
         found.update(layered)
@@ -314,12 +353,6 @@ class FusedResidualStack(nn.Module):
         """The eager twin with copies of the parameters, in the same dtype, on the same device, in the same mode."""
         twin = ResidualStack(self.sizes, device="meta", **self.recipe.options)
         return cast(ResidualStack, convert.filled(twin, self.by_layer(), self.training))
-
-
-def _origins(module: nn.Module, tensors: Sequence[Tensor]) -> list[tuple[Mapping[str, Any], str, Tensor]]:
-    wanted = {id(t) for t in tensors}
-    places = [(one._parameters, name, t) for one in module.modules() for name, t in one._parameters.items()]
-    return [(place, name, t) for place, name, t in places if id(t) in wanted]
 
 
 def _shortened(names: Iterable[str]) -> str:

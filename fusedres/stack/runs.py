@@ -72,7 +72,11 @@ class LinearSlice(nn.Linear):
         self.__dict__["_place"] = (run, layer - run.layers[0])  # not as a submodule: the run is its stack's
         self.reset_parameters()
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        for name, value in self.named_parameters():
+            destination[prefix + name] = value if keep_vars else value.detach()
+
+    def register_parameter(self, name: str, param: Tensor | None) -> None:
         run: Run = self.__dict__["_place"][0]
         raise AttributeError(
             f"{name} of a layer in a run is a slice of runs.{run.name}.{name}, to be changed in place, not replaced"
@@ -102,8 +106,22 @@ def _slice(name: str) -> Callable[[LinearSlice], Tensor]:
     return get
 
 
+def _refused(name: str) -> Callable[[LinearSlice, Tensor], None]:
+    return lambda self, value: self.register_parameter(name, value)
+
+
 for _name in ("weight", "bias"):
-    setattr(LinearSlice, _name, property(_slice(_name)))
+    setattr(LinearSlice, _name, property(_slice(_name), _refused(_name)))
+
+
+class StackLayers(nn.ModuleList):
+    """The layers of a stack; asked for their parameters, slices of those that are stacked."""
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        for i, layer in enumerate(self if recurse else ()):
+            yield from layer.named_parameters(f"{prefix}.{i}" if prefix else str(i))
 
 
 class StackLayer(nn.Sequential):

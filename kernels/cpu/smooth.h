@@ -5,11 +5,13 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cos.h>
 #include <ATen/ops/exp.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "node.h"
 #include "tensors.h"
 
 namespace fusedres {
@@ -61,10 +63,10 @@ class Smooth : public torch::autograd::Function<Smooth> {
     static std::vector<Tensor> backward(Context *context, const std::vector<Tensor> &gradients) {
         const std::vector<Tensor> saved = context->get_saved_variables();
         const int64_t activation = context->saved_data["activation"].toInt();
-        const Tensor v = gradients[0].contiguous();
+        const Tensor v = gradients[0].resolve_neg().contiguous();
         std::vector<Tensor> found(saved.size() + 1);  // the last of `activation`
         auto is_wanted = [&](size_t i) { return context->needs_input_grad(i); };
-        if (c10::GradMode::is_enabled()) {
+        if (c10::GradMode::is_enabled() || !is_plain(v)) {
             for (size_t i = 0; i < saved.size(); i++) {
                 if (!is_wanted(i)) continue;
                 std::vector<Tensor> factors;
@@ -87,10 +89,13 @@ class Smooth : public torch::autograd::Function<Smooth> {
         return found;
     }
 
-    // The same for any number of factors, differentiable.
+    // The same for any number of factors, differentiable, and where torch.vmap batches them.
     static Tensor product(const Tensor &z, const std::vector<Tensor> &factors, int64_t activation) {
-        if (factors.size() <= size_t(HIGHEST)) return Smooth::apply(z, at::TensorList(factors), activation);
-        Tensor p = third_derivative(Activation(activation), z);
+        const bool has_slope = factors.size() <= size_t(HIGHEST);
+        const bool are_plain = std::all_of(factors.begin(), factors.end(), [](const Tensor &factor) { return is_plain(factor); });
+        if (has_slope && are_plain) return Smooth::apply(z, at::TensorList(factors), activation);
+        const std::vector<Tensor> ones(factors.size(), at::ones_like(z));
+        Tensor p = has_slope ? Smooth::apply(z, at::TensorList(ones), activation) : third_derivative(Activation(activation), z);
         for (const Tensor &factor : factors) p = p * factor;
         return p;
     }
@@ -111,7 +116,7 @@ class Smooth : public torch::autograd::Function<Smooth> {
 
 inline Tensor smooth(const Tensor &z, int64_t activation) {
     TORCH_CHECK(z.is_cpu() && z.scalar_type() == at::kFloat, "float32 on the CPU expected, got ", z.scalar_type(), " on ", z.device());
-    return Smooth::product(z.contiguous(), {}, activation);
+    return Smooth::product(z.resolve_neg().contiguous(), {}, activation);
 }
 
 }  // namespace

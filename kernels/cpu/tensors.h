@@ -64,6 +64,8 @@ struct Network {
             at::TensorList gradients, c10::ArrayRef<bool> required)
         : layers(plan.size(0)), dtype(x.scalar_type()) {
         const int64_t *words = plan.const_data_ptr<int64_t>(), planned = plan.size(0);
+        const int64_t M = x.numel() / std::max<int64_t>(words[K], 1);
+        int64_t run = 0;  // how many layers' tensors are stacked with this one's; 0: none
         const int64_t *seed = seeds ? seeds->const_data_ptr<int64_t>() : nullptr;
         for (int64_t l = 0; l < planned; l++, words += WORDS) {
             if (l + AHEAD < planned) prefetch(words + AHEAD * WORDS, parameters);
@@ -79,15 +81,19 @@ struct Network {
 
             const int64_t *slots = words + SLOTS, index = std::max<int64_t>(words[INDEX], 0);
             const bool is_stacked = words[INDEX] >= 0;
-            const Tensor &weight = parameters[size_t(slots[WEIGHT])];
-            const int64_t run = !is_stacked ? 0 : weight.dim() == 3 && weight.size(0) > index ? weight.size(0) : -1;
+            for (int slot = WEIGHT; slot <= LEARNED_BRANCH_SCALE; slot++)
+                TORCH_CHECK(slots[slot] < int64_t(parameters.size()), "layer ", l, " has lost a parameter");
+            if (!is_stacked)
+                run = 0;
+            else if (index == 0)
+                for (run = 1; l + run < planned && words[run * WORDS + INDEX] == run;) run++;
             auto tensor = [&](Slot slot) -> const Tensor * {
                 return slots[slot] < 0 ? nullptr : &parameters[size_t(slots[slot])];
             };
             auto address = [&](Slot slot, int64_t size, int64_t dims) -> const void * {
                 const Tensor *found = tensor(slot);
                 if (!found) return nullptr;
-                if (!fits(*found, dtype, size, dims, run)) refuse(*found, dtype, size, slot, l);
+                if (!fits(*found, dtype, size, dims, run) || (dims == 2 && found->size(-1) != layer.K)) refuse(*found, dtype, size, slot, l);
                 const Tensor *dense = found;
                 if (!found->is_contiguous() || found->is_neg())
                     dense = &copies.emplace_back(found->resolve_neg().contiguous());
@@ -125,7 +131,7 @@ struct Network {
             layer.keeps_branch = is_required(LEARNED_BRANCH_SCALE);
             layer.keeps_skip = is_required(LEARNED_SKIP_SCALE);
             const bool is_needed = depth == 0 && l + 1 == planned;  // there is to be one
-            if (is_needed || !seed || !is_passed_by(layer, x.numel() / std::max<int64_t>(words[K], 1), slots[LEARNED_SKIP_SCALE] >= 0))
+            if (is_needed || !seed || !is_passed_by(layer, M, slots[LEARNED_SKIP_SCALE] >= 0))
                 depth++;
             else
                 clear_gradients(layer);
@@ -162,10 +168,10 @@ struct Network {
     }
 
     // A parameter may have been given new data since the plan was made. `run` layers are stacked in it (0: it is one's
-    // own; -1: they no longer are); vectors of a run may lie flat.
+    // own); vectors of a run may lie flat.
     static bool fits(const Tensor &tensor, at::ScalarType dtype, int64_t size, int64_t dims, int64_t run) {
         const int64_t dim = tensor.dim();
-        return run >= 0 && tensor.is_cpu() && tensor.scalar_type() == dtype && (dim == dims + int64_t(run > 0) || (dims == 1 && dim == 1)) &&
+        return tensor.is_cpu() && tensor.scalar_type() == dtype && (dim == dims + int64_t(run > 0) || (dims == 1 && dim == 1)) &&
                tensor.numel() == size * std::max<int64_t>(run, 1);
     }
     [[noreturn, gnu::cold]] static void refuse(const Tensor &tensor, at::ScalarType dtype, int64_t size, Slot slot, int64_t layer) {
