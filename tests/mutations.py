@@ -217,6 +217,33 @@ MUTATIONS = {
     "C++: backward not differentiable": Mutation(
         "kernels/cpu/node.h", "c10::GradMode::is_enabled() || ", "", "test_network_autograd.py"
     ),
+    "C++: third derivative of gelu off": Mutation(
+        "kernels/cpu/derivatives.h", "(xx - 4) * e", "(xx - 3) * e", "test_smooth.py"
+    ),
+    "C++: a factor's gradient without the others": Mutation(
+        "kernels/cpu/derivatives.h", "own, true, j);", "own, true, 0);", "test_smooth.py"
+    ),
+    "C++: rows counted by a layer's own width": Mutation(
+        "kernels/cpu/tensors.h",
+        "is_passed_by(layer, M, ",
+        "is_passed_by(layer, x.numel() / layer.K, ",
+        "test_stack_changes.py",
+    ),
+    "C++: gradients of a dropped layer unwritten": Mutation(
+        "kernels/cpu/tensors.h", "clear_gradients(layer);", ";", "test_stack.py -k drops"
+    ),
+    "stack: draws projections before layers": Mutation(
+        "fusedres/stack/module.py",
+        "        self.layers = StackLayers()\n",
+        "        self.layers = StackLayers()\n        torch.rand(1)\n",
+        "test_stack.py -k draws",
+    ),
+    "stack: inputs of a differentiated backward not apart": Mutation(
+        "fusedres/reference.py",
+        "[t.view_as(t) if is_wanted else t for",
+        "[t if is_wanted else t for",
+        "test_stack_changes.py",
+    ),
     "C++: backward hidden from modes": Mutation(
         "kernels/cpu/node.h", " || !is_plain(g) || !is_plain(x)", "", "test_network_autograd.py"
     ),
