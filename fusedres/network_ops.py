@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import dispatch, philox, reference, run_launch
 from .kernels.cpu import launch, plan
-from .kernels.spec import ACTIVATIONS, NetworkSpec
+from .kernels.spec import NetworkSpec
 from .launch import way_index
 
 _ARGUMENTS = "Tensor x, Tensor[] parameters, Tensor? seeds, int[] codes, float[] numbers"
@@ -69,7 +69,10 @@ def _double_backward(
 differentiated_again: set[int] = set()
 bound: set[int] = set()  # the networks that there are
 
-_SMOOTH = {name: partial(launch.activate, activation=name) for name in ACTIVATIONS}
+# PyTorch's tanh and relu differentiate out of their results, which is less work than ours.
+_SMOOTH = dict(reference.ACTIVATIONS) | {
+    name: partial(launch.activate, activation=name) for name in ("gelu", "gelu_tanh", "silu", "sin")
+}
 
 
 def differentiable(x: Tensor, parameters: Sequence[Tensor], spec: NetworkSpec, seeds: Tensor | None) -> Tensor:

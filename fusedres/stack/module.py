@@ -208,11 +208,13 @@ class FusedResidualStack(nn.Module):
 
         def stands(module: nn.Module, name: str) -> Any:
             place = module._modules if name in module._modules else module._parameters
-            found.append((place, name, place.get(name)))
+            if place.get(name) is not None:
+                found.append((place, name, place[name]))
             return place.get(name)
 
         for kind in ("runs", "layers", "projections", "skip_scales", "branch_scales"):
-            stands(self, kind)
+            if len(getattr(self, kind)):
+                stands(self, kind)
         for layers in self._groups:
             name = str(layers[0])
             owners: list[tuple[nn.Module, tuple[str, ...]]]
