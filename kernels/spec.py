@@ -135,7 +135,7 @@ class NetworkSpec:
         return NetworkSpec, (self.layers,)
 
     def tensors(self, parameters: Sequence[Tensor]) -> list[Own]:
-        """Every layer's own. A stack is taken apart once: the backward of L indexings would write L gradients of its size."""
+        """Every layer's own. A stack is taken apart once: L indexings would have L gradients of its size."""
         parts: dict[int, Sequence[Tensor]] = {}
 
         def part(layer: NetworkLayer, name: str, slot: int) -> Tensor | None:
