@@ -69,7 +69,7 @@ def test_a_warm_stack_can_be_captured(rows, backend):
         (nn.Linear(3, 3), ["33"], ValueError, "got '33'"),
         (nn.Linear(3, 3), [(-1, 3)], ValueError, r"got \(-1, 3\)"),
     ],
-    ids=str,
+    ids=["no-module", "no-parameters", "no-shape", "no-integers", "a-string", "negative"],
 )
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 def test_what_it_refuses(module, shapes, error, message, backend):
