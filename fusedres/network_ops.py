@@ -69,9 +69,11 @@ def _double_backward(
 differentiated_again: set[int] = set()
 bound: set[int] = set()  # the networks that there are
 
-# PyTorch's tanh and relu differentiate out of their results, which is less work than ours.
-_SMOOTH = dict(reference.ACTIVATIONS) | {
-    name: partial(launch.activate, activation=name) for name in ("gelu", "gelu_tanh", "silu", "sin")
+# PyTorch's tanh and relu differentiate out of their results, which is less work than ours would be.
+SMOOTH = ("gelu", "gelu_tanh", "silu", "sin")
+_SMOOTH: reference.Activations = {
+    **reference.ACTIVATIONS,
+    **{name: partial(launch.activate, activation=name) for name in SMOOTH},
 }
 
 

@@ -181,6 +181,9 @@ class ResidualStack(nn.Module):
     a skip is projected, `skip_scales.{i}` [] and `branch_scales.{i}` [] or [d_{i+1}] where learned.
     """
 
+    layers: Any  # nn.ModuleList of nn.Sequential
+    projections: Any  # nn.ModuleDict of nn.Linear
+
     def __init__(
         self,
         sizes: Sequence[int],
@@ -190,8 +193,6 @@ class ResidualStack(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.layers: Any
-        self.projections: Any
         self.recipe = recipe = stack_checks.described(sizes, options)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layers = nn.ModuleList(

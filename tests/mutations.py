@@ -236,7 +236,7 @@ MUTATIONS = {
         "fusedres/stack/module.py",
         "        self.layers = StackLayers()\n",
         "        self.layers = StackLayers()\n        torch.rand(1)\n",
-        "test_stack.py -k draws",
+        "test_stack_names.py -k draws",
     ),
     "stack: inputs of a differentiated backward not apart": Mutation(
         "fusedres/reference.py",

@@ -10,8 +10,10 @@ export FUSEDRES_SANITIZE=${FUSEDRES_SANITIZE:-address,undefined}
 if [ $# = 0 ]; then
     # not the forks, whose children would report of memory that is their parent's
     network="(network and (float64 or way or strides or bits)) or (network_autograd and not check and not compiled)"
-    set -- -n 2 -k "(cpu and not forked and not triton) or $network" tests/test_cpu.py tests/test_layer.py \
-        tests/test_exact.py tests/test_anything.py tests/test_network.py tests/test_network_autograd.py
+    smooth="smooth and not check and not compiled"
+    set -- -n 2 -k "(cpu and not forked and not triton and not compiled) or $network or $smooth" tests/test_cpu.py \
+        tests/test_layer.py tests/test_exact.py tests/test_anything.py tests/test_network.py \
+        tests/test_network_autograd.py tests/test_smooth.py tests/test_stack_changes.py
 fi
 
 read -r library _ < <("$PYTHON" -m fusedres build)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_stack import SINGLE, gradients, laplacian, twins
+from laplacian import laplacian
+from networks import SINGLE
+from stacks import gradients, twins
 from torch import nn
 from torch.testing import assert_close
 

@@ -49,8 +49,15 @@ class Run(nn.Module):
         """A tensor shaped as one of the parameters, layer by layer."""
         if stack is None:
             return [None] * len(self.layers)
+        return self._rows(name, stack).unbind(0)
+
+    def slice(self, name: str, stack: Tensor, place: int) -> Tensor:
+        """One of them, without taking the others apart."""
+        return self._rows(name, stack)[place]
+
+    def _rows(self, name: str, stack: Tensor) -> Tensor:
         is_flat = name == "bias" or (name == "branch_scale" and self.is_per_channel)
-        return (stack.view(-1, self.width) if is_flat else stack).unbind(0)
+        return stack.view(-1, self.width) if is_flat else stack
 
     def stacked(self, slices: Sequence[Tensor]) -> Tensor:
         """The other way: a weight from matrices, a flat tensor from vectors or numbers."""
@@ -98,9 +105,9 @@ def _slice(name: str) -> Callable[[LinearSlice], Tensor]:
     def get(self: LinearSlice) -> Tensor:
         run, place = self.__dict__["_place"]
         parameter = getattr(run, name)
-        found = run.slices(name, parameter)[place]
+        found = run.slice(name, parameter, place)
         if parameter.grad is not None:
-            found.grad = run.slices(name, parameter.grad)[place]
+            found.grad = run.slice(name, parameter.grad, place)
         return found
 
     return get

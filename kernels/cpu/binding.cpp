@@ -25,6 +25,7 @@ int64_t capabilities() { return int64_t(has_brgemm(at::kFloat)) + 2 * int64_t(ha
 std::tuple<Tensor, Tensor> forward_operator(const Tensor &plan, const Parameters &parameters, const Tensor &x,
                                             const std::optional<Tensor> &residual, const std::optional<Tensor> &seeds,
                                             int64_t way, c10::List<bool> wanted, bool keep) {
+    check_slots(plan, parameters.size());
     const Wishes wants(wanted.begin(), wanted.end());
     Tensor kept;
     Tensor y = run_forward(plan, listed(parameters), x, residual, seeds, way, wants, keep ? &kept : nullptr);
@@ -34,6 +35,7 @@ std::tuple<Tensor, Tensor> forward_operator(const Tensor &plan, const Parameters
 std::vector<Tensor> backward_operator(const Tensor &plan, const Parameters &parameters, const Tensor &x,
                                       const std::optional<Tensor> &residual, const std::optional<Tensor> &seeds,
                                       const Tensor &kept, const Tensor &g, int64_t way, c10::List<bool> wanted) {
+    check_slots(plan, parameters.size());
     const Wishes wants(wanted.begin(), wanted.end());
     std::vector<Tensor> found = run_backward(plan, listed(parameters), x, residual, seeds, kept, wants, g, way, wants);
     found.erase(std::remove_if(found.begin(), found.end(), [](const Tensor &t) { return !t.defined(); }), found.end());
@@ -47,6 +49,7 @@ std::unordered_map<int64_t, std::shared_ptr<const Bound>> bound;
 int64_t next_handle = 1;
 
 int64_t bind(const Tensor &plan, const Parameters &parameters) {
+    check_slots(plan, parameters.size());
     std::lock_guard<std::mutex> lock(bound_mutex);
     bound.emplace(next_handle, std::make_shared<const Bound>(Bound{plan, listed(parameters), next_handle}));
     return next_handle++;

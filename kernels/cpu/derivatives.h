@@ -5,9 +5,7 @@
 //
 //     gelu               φ'' = (2 - z²) ϕ    φ''' = z (z² - 4) ϕ                        ϕ = exp(-z²/2) / √2π
 //     silu, gelu_tanh    φ'' = z σ'' + 2 σ'  φ''' = z σ''' + 3 σ''                      σ of v(z), by the chain rule
-//     tanh               φ'' = -2 t t'       φ''' = -2 t' (t' - 2 t²)
 //     sin                φ'' = -sin z        φ''' = -cos z
-//     relu, none         0
 #pragma once
 
 #include <algorithm>
@@ -40,14 +38,10 @@ inline C derivative(C z) {
         C third = p * ((1 - 6 * p) * v1 * v1 * v1 + 3 * w * v1 * v2 + v3);
         C odd = x * third + 3 * second;
         return z < 0 ? -odd : odd;
-    } else if constexpr (A == Activation::tanh) {
-        Activated<C> t = elementary::tanh(z);
-        return K == 2 ? -2 * t.value * t.slope : -2 * t.slope * (t.slope - 2 * t.value * t.value);
-    } else if constexpr (A == Activation::sin) {
+    } else {
+        static_assert(A == Activation::sin);
         Activated<C> s = sine(z);
         return K == 2 ? -s.value : -s.slope;
-    } else {
-        return z * 0;
     }
 }
 
@@ -69,13 +63,9 @@ inline Derivative derivative_of(Activation activation, int order) {
     switch (activation) {
         case Activation::gelu: return derivative_of<Activation::gelu>(order);
         case Activation::gelu_tanh: return derivative_of<Activation::gelu_tanh>(order);
-        case Activation::relu: return derivative_of<Activation::relu>(order);
         case Activation::silu: return derivative_of<Activation::silu>(order);
-        case Activation::tanh: return derivative_of<Activation::tanh>(order);
-        case Activation::sin: return derivative_of<Activation::sin>(order);
-        case Activation::none: break;
+        default: return derivative_of<Activation::sin>(order);
     }
-    return derivative_of<Activation::none>(order);
 }
 
 void multiply(const Products &call) {

@@ -53,6 +53,14 @@ inline std::pair<c10::List<int64_t>, c10::List<double>> encoded(const Tensor &pl
     return {codes, numbers};
 }
 
+// Every slot is one of the parameters': to be known before anything reads them.
+inline void check_slots(const Tensor &plan, size_t parameters) {
+    const int64_t *words = plan.const_data_ptr<int64_t>();
+    for (int64_t l = 0; l < plan.size(0); l++, words += WORDS)
+        for (int slot = WEIGHT; slot <= LEARNED_BRANCH_SCALE; slot++)
+            TORCH_CHECK(words[SLOTS + slot] < int64_t(parameters), "layer ", l, " has lost a parameter");
+}
+
 // The layers as the kernels read them: addresses of tensors that are contiguous, on the CPU, of one dtype.
 struct Network {
     int64_t depth = 0;
@@ -81,8 +89,6 @@ struct Network {
 
             const int64_t *slots = words + SLOTS, index = std::max<int64_t>(words[INDEX], 0);
             const bool is_stacked = words[INDEX] >= 0;
-            for (int slot = WEIGHT; slot <= LEARNED_BRANCH_SCALE; slot++)
-                TORCH_CHECK(slots[slot] < int64_t(parameters.size()), "layer ", l, " has lost a parameter");
             if (!is_stacked)
                 run = 0;
             else if (index == 0)
