@@ -244,7 +244,7 @@ class Network:
         if explanation.is_listening():
             choice = cast(Triton, dispatch.backend(x.device, x.dtype))
             explanation.note_run(choice, x, segment.run, run_launch.tiles(x, segment.run), self.recompute)
-        dropping = segment.run.dropping if training else []
+        dropping = segment.dropping if training else ()
         seeds = network_ops.draw_seeds(dropping, len(segment.run.layers)) if dropping else None
         tensors = run_ops.own_tensors(segment, self.spec, self._tensors)
         return run_ops.residual_run(x, tensors, segment, seeds, self.recompute)

@@ -104,20 +104,15 @@ def _described(spec: NetworkSpec, tensors: Sequence[Tensor], seeds: Tensor | Non
         is_flat = stack.dim() == 1 and (name == "bias" or stack.numel() > len(spec.layers))
         return stack.view(-1, width) if is_flat else stack
 
-    def number(name: str) -> Any:
-        values = tuple(getattr(layer.spec, name) for layer in spec.layers)
-        dtype = torch.int64 if name == "drop_threshold" else torch.float32
-        return values[0] if len(set(values)) == 1 else _on_device(values, dtype, device)
-
     lam, a = of("skip_scale"), of("branch_scale")
     return Run(
         weight=of("weight"),
         bias=of("bias"),
-        skip_scale=number("skip_scale") if lam is None else lam,
-        branch_scale=number("branch_scale") if a is None else a,
+        skip_scale=_number(spec, "skip_scale", device) if lam is None else lam,
+        branch_scale=_number(spec, "branch_scale", device) if a is None else a,
         seeds=None if seeds is None else seeds.to(device, non_blocking=True),
-        threshold=0 if seeds is None else number("drop_threshold"),
-        keep_scale=1.0 if seeds is None else number("keep_scale"),
+        threshold=0 if seeds is None else _number(spec, "drop_threshold", device),
+        keep_scale=1.0 if seeds is None else _number(spec, "keep_scale", device),
         activation=first.activation,
         order=first.order,
         has_skip=first.skip == "identity",
@@ -125,9 +120,12 @@ def _described(spec: NetworkSpec, tensors: Sequence[Tensor], seeds: Tensor | Non
 
 
 @lru_cache(maxsize=256)
-def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Layers' numbers where kernels read them."""
-    return torch.tensor(values, device=device, dtype=dtype)
+def _number(spec: NetworkSpec, name: str, device: torch.device) -> Any:
+    """The number that all layers of a run have, or each one's, where kernels read them."""
+    values = [getattr(layer.spec, name) for layer in spec.layers]
+    if len(set(values)) == 1:
+        return values[0]
+    return torch.tensor(values, device=device, dtype=torch.int64 if name == "drop_threshold" else torch.float32)
 
 
 def _refuse_capture(x: Tensor, seeds: Tensor | None) -> None:

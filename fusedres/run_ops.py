@@ -26,6 +26,7 @@ class Segment(NamedTuple):
     run: NetworkSpec | None = None
     encoded: tuple[list[int], list[float]] = ([], [])
     slots: tuple[int, ...] = ()  # of the run's tensors, among the network's
+    dropping: tuple[int, ...] = ()  # which of the run's layers drop rows
 
     @property
     def name(self) -> str:
@@ -50,7 +51,7 @@ def segments(spec: NetworkSpec) -> list[Segment]:
         there = tuple(slot for slot in slots if slot >= 0)
         places = Slots(*(there.index(slot) if slot >= 0 else -1 for slot in slots))
         run = NetworkSpec([spec.layers[i]._replace(slots=places, slice=j) for j, i in enumerate(layers)])
-        found.append(Segment(layers[0], layers[-1] + 1, run, encoded(run), there))
+        found.append(Segment(layers[0], layers[-1] + 1, run, encoded(run), there, tuple(run.dropping)))
     return found
 
 
