@@ -15,7 +15,7 @@ from fusedres.kernels.spec import LayerSpec, Operands, Run, Wanted
 
 KERNELS = Tiles._fields  # forward, dz, dx
 STACK_KERNELS = ("stack_forward", "stack_backward")
-STACK_WIDTHS = (16, 32, 64, 128)  # that others are padded to
+STACK_WIDTHS = (16, 32, 64, 128, 256)  # that others are padded to
 SIZES = sorted({2**p + more for p in range(14) for more in (0, 1)})  # both sides of every power of two up to 8192
 ROWS = (1, dispatch.SKINNY, dispatch.SKINNY + 1, 65536)
 
@@ -65,13 +65,16 @@ class StackConfiguration(NamedTuple):
 
     def __str__(self) -> str:
         form = "" if self.kernel == "stack_forward" else "-sums" if self.sums_weight else "-dz"
-        tile = f"{self.tile.BLOCK_M}-w{self.tile.warps}-s{self.tile.stages}"
-        return f"{self.kernel}-{self.mode}-{self.d}{form}-{tile}"
+        return f"{self.kernel}-{self.mode}-{self.d}{form}-{name(self.tile)}"
 
 
-def name(tile: Tile) -> str:
-    """128x64x32-w4-s3: the block, its warps, its stages."""
-    return f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}-w{tile.warps}-s{tile.stages}"
+def name(tile: Tile | StackTile) -> str:
+    """128x64x32-w4-s3: the block, its warps, its stages. Of a run 64, or 64xdx32 where its products are from memory."""
+    if isinstance(tile, StackTile):
+        block = f"{tile.BLOCK_M}xdx{tile.BLOCK_K}" if tile.BLOCK_K else f"{tile.BLOCK_M}"
+    else:
+        block = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
+    return f"{block}-w{tile.warps}-s{tile.stages}"
 
 
 def shipped(target: str) -> list[Configuration]:

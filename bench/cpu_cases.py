@@ -114,15 +114,18 @@ BASE = (
     Row("f100", (32,) * 101, 256, bar=_bars(5.5, 3.4)),
     Row("f1000", (16,) * 1001, 64, bar=_bars(28, 4)),
 )
-DEEP = Row("g64", (128,) * 65, 65536)  # whose memory is asked for, not its time
+DEEP = (  # whose memory is asked for, not their time
+    Row("g64", (128,) * 65, 65536),
+    *(Row(f"h{width}", (width,) * 1001, 4096) for width in (16, 64, 128)),
+)
 LEARNED = tuple(replace(row, name=f"{row}-learned", learns=True, bar={}) for row in BASE if any(row.skips))
 ROWS = BASE + LEARNED
 
 
 def named(name: str) -> Row:
-    found = [row for row in (*ROWS, DEEP) if row.name == name]
+    found = [row for row in (*ROWS, *DEEP) if row.name == name]
     if not found:
-        raise ValueError(f"a row must be one of {', '.join(map(str, ROWS))}, got {name}")
+        raise ValueError(f"a row must be one of {', '.join(map(str, (*ROWS, *DEEP)))}, got {name}")
     return found[0]
 
 

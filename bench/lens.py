@@ -4,7 +4,7 @@
     python bench/lens.py --kernel stack_forward stack_backward        runs of layers alone
     python bench/lens.py --arch sm_90 --tile 128,256,64,8,3           any tile, shipped or not
 
-Exits with 1 where a kernel spills registers, needs more shared memory than its chip has, or does not compile.
+Exits with 1 where a kernel spills, needs more registers or shared memory than its chip has, or does not compile.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ ARCHES = {
     "sm_100": Arch(GPUTarget("cuda", 100, 32), "cuda", 227 * 1024),
     "gfx942": Arch(GPUTarget("hip", "gfx942", 64), "hip", 64 * 1024),
 }
+NVIDIA_REGISTERS = 64 * 1024  # that one program can have
 NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 ALIGNED, RAGGED = 1024, 1003  # widths: multiples of 16, which kernels are specialised for, and not
 
@@ -92,6 +93,7 @@ class Finding(NamedTuple):
     """What a kernel compiled to. Bytes are per thread, shared memory per program; counts are of instructions."""
 
     registers: int = 0
+    threads: int = 0  # of a program on NVIDIA's, where more registers than there are fail at the launch alone
     spilled: int = 0  # bytes that registers had no room for
     local: int = 0  # bytes of arrays in local memory, such as sin's slow path has
     shared: int = 0
@@ -106,13 +108,14 @@ class Finding(NamedTuple):
     error: str = ""
 
     def faults(self, arch: str) -> str:
-        limit = ARCHES[arch].shared
+        limit, taken = ARCHES[arch].shared, self.registers * self.threads
         return ", ".join(
             text
             for text, is_so in (
                 (self.error, self.error),
                 (f"spills {self.spilled} bytes", self.spilled > 0),
                 (f"needs {self.shared} bytes of shared memory, has {limit}", self.shared > limit),
+                (f"needs {taken} registers, has {NVIDIA_REGISTERS}", taken > NVIDIA_REGISTERS),
             )
             if is_so
         )
@@ -306,6 +309,7 @@ def _read_cubin(compiled: Any, log: str) -> Finding:
         counts["local_memory"] += stem in ("LDL", "STL")
     return Finding(
         registers=int(re.search(r"Used (\d+) registers", log)[1]),
+        threads=32 * compiled.metadata.num_warps,
         spilled=spilled,
         local=max(0, stack - spilled),
         shared=compiled.metadata.shared,
@@ -372,7 +376,7 @@ def table(findings: dict[Job, Finding]) -> str:
 
 def _label(c: Configuration | StackConfiguration) -> str:
     if isinstance(c, StackConfiguration):
-        tile, layer, widths = f"{c.tile.BLOCK_M}-w{c.tile.warps}-s{c.tile.stages}", "", str(c.d)
+        tile, layer, widths = name(c.tile), "", str(c.d)
         if c.kernel == "stack_backward":
             layer = "sums dw" if c.sums_weight else "writes dz"
     else:

@@ -1,6 +1,6 @@
 """Peak memory of forward + backward: eager PyTorch against the fused network that keeps activations, and that does not.
 
-    python bench/memory.py [--row c65536] [--json FILE]
+    python bench/memory.py [--row c65536 ...] [--json FILE]
 
 Each way in a process of its own. Counted is what one step (forward, mean squared error, backward) adds at its highest
 to what the process held resident before: network and input were there, one row had gone through. Gradients are in it.
@@ -67,30 +67,32 @@ def in_own_process(way: str, name: str, rows: int | None) -> dict[str, int | boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", default="c65536", metavar="ROW", help="of cpu_cases.py, or g64")
+    parser.add_argument("--row", nargs="+", default=["c65536"], metavar="ROW", help="of cpu_cases.py")
     parser.add_argument("--rows", type=int, metavar="M", help="of x, in the place of the row's own")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--way", choices=WAYS, help="measure one in this process, and print it as JSON")
     options = parser.parse_args()
 
-    row = cpu_cases.named(options.row).shrunk(options.rows or sys.maxsize)
+    rows = [cpu_cases.named(name).shrunk(options.rows or sys.maxsize) for name in options.row]
     if options.way:
-        print(json.dumps(peak_growth(options.way, row)))
+        print(json.dumps(peak_growth(options.way, rows[0])))
         return
-    peaks = {way: in_own_process(way, options.row, options.rows) for way in WAYS}
-    eager = peaks["eager"]["bytes"]
-    print(f"{row}, {row.M} rows: highest resident memory that a step adds")
-    for way, peak in peaks.items():
-        note = (
-            ""
-            if peak["is_reset"]
-            else "   (this kernel does not reset its mark: the process's highest, not the step's)"
-        )
-        print(f"    {way:<10}{peak['bytes'] / 2**20:9.1f} MiB {peak['bytes'] / eager:7.3f} of eager{note}")
-    if options.json:
+    networks = {}
+    for row in rows:
+        peaks = {way: in_own_process(way, row.name, options.rows) for way in WAYS}
+        eager = peaks["eager"]["bytes"]
+        print(f"{row}, {row.depth} layers up to {max(row.sizes)} wide, {row.M} rows: what a step adds at its highest")
+        for way, peak in peaks.items():
+            note = (
+                ""
+                if peak["is_reset"]
+                else "   (this kernel does not reset its mark: the process's highest, not the step's)"
+            )
+            print(f"    {way:<10}{peak['bytes'] / 2**20:9.1f} MiB {peak['bytes'] / eager:7.3f} of eager{note}")
         ratios = {way: peak["bytes"] / eager for way, peak in peaks.items()}
-        record = {"kind": "memory", **host(), "row": row.name, "M": row.M, "peaks": peaks, "over_eager": ratios}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        networks[row.name] = {"sizes": row.sizes, "M": row.M, "peaks": peaks, "over_eager": ratios}
+    if options.json:
+        options.json.write_text(json.dumps({"kind": "memory", **host(), "rows": networks}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def _power_of_two(size: int, smallest: int, largest: int) -> int:
 
 
 # Likewise for runs of layers: (kind of product, width padded to a power of two) -> forward, backward. Exact fp32 goes
-# few rows at a time; its backward at 128 spilled with every tile that was tried.
+# few rows at a time. The widest read what they multiply from memory: a whole layer's weights would spill.
 _STACKS = {
     ("half", 16): StackTiles(StackTile(128, 4, 3), StackTile(128, 8, 2)),
     ("half", 32): StackTiles(StackTile(128, 4, 3), StackTile(128, 8, 2)),
@@ -298,7 +298,14 @@ _STACKS = {
     ("exact", 16): StackTiles(StackTile(32, 8, 2), StackTile(32, 4, 1)),
     ("exact", 32): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 2)),
     ("exact", 64): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 1)),
+    ("exact", 128): StackTiles(StackTile(32, 8, 3, 32), StackTile(16, 8, 4, 16)),
+    ("half", 256): StackTiles(StackTile(64, 8, 3, 32), StackTile(16, 8, 3, 64)),
+    ("tf32", 256): StackTiles(StackTile(32, 8, 3, 32), StackTile(16, 8, 3, 16)),
+    ("exact", 256): StackTiles(StackTile(16, 8, 1, 16), StackTile(16, 8, 1, 16)),
 }
+# Every tile of rows reads all weights: of more rows than a tile on each multiprocessor has, wider layers than this have
+# less to read one by one (M / 64 × d² against 2 M d numbers forward).
+STACK_ANY_ROWS_UP_TO, STACK_FEW_ROWS = 128, 4096
 # A run's backward sums dw itself where its partial sums move less than dz through memory to a product over rows would
 # (`python bench/stack_bytes.py`): in narrow layers, up to so many bytes of them.
 STACK_SUMS_UP_TO, STACK_SUMS_BYTES = 32, 256 << 20
@@ -309,21 +316,27 @@ def stack_tiles(d: int, dtype: torch.dtype, precision: str, target: str, is_skin
     """The tiles of a run of layers of width d, or None where it goes layer by layer."""
     kind = "half" if dtype.itemsize == 2 else "tf32" if precision == "tf32" else "exact"
     width = max(16, 1 << (d - 1).bit_length())
-    if (kind, width) not in _STACKS or (target == "hip" and width * dtype.itemsize > 128):
+    if (kind, width) not in _STACKS:
         return None
-
-    def fitted(tile: StackTile, share: int, has_room: bool = True) -> StackTile:
-        rows = 16 if is_skinny else max(16, tile.BLOCK_M // share)
-        return StackTile(rows, tile.warps, tile.stages if has_room and target != "hip" else 1)
-
+    if target == "hip" and width * dtype.itemsize > 128:
+        tile = StackTile(16, 8, 1, 64 // dtype.itemsize)
+        return StackTiles(tile, tile)
     # a width that is no multiple of 16 loads element by element, with an address each
     is_ragged = d % 16 > 0
+    has_room = not (is_ragged and kind == "exact") and target != "hip"
+
+    def fitted(tile: StackTile, share: int) -> StackTile:
+        rows = 16 if is_skinny else max(16, tile.BLOCK_M // share)
+        return tile._replace(BLOCK_M=rows, stages=tile.stages if has_room else 1)
+
     fewer = 2 if is_ragged and width == 128 else 1
     forward, backward = _STACKS[kind, width]
-    return StackTiles(
-        fitted(forward, fewer, has_room=not (is_ragged and kind == "exact")),
-        fitted(backward, 4 if target == "hip" else fewer),
-    )
+    return StackTiles(fitted(forward, fewer), fitted(backward, 4 if target == "hip" else fewer))
+
+
+def stack_pays(rows: int, d: int) -> bool:
+    """Whether a run of layers of width d that has tiles moves less than its layers one by one, with other bits."""
+    return d <= STACK_ANY_ROWS_UP_TO or (not is_batch_invariant() and rows <= STACK_FEW_ROWS)
 
 
 def stack_keeps(L: int, M: int, d: int, dtype: torch.dtype, recompute: bool | str) -> int:

@@ -222,9 +222,9 @@ class Network:
         self._check_for_kernels(x, autocast is not None)  # Triton's check nothing
         own = None
         for segment in self.description.segments:
-            if segment.run is not None and autocast is None and self._goes_by_run(x, segment):
+            if segment.run is not None and self._goes_by_run(x, segment, autocast):
                 with _part(segment.name):
-                    x = self._run(x, segment, training)
+                    x = self._run(x, segment, training, autocast)
                 continue
             own = self.spec.tensors(self._tensors) if own is None else own
             for i in range(segment.first, segment.last):
@@ -234,19 +234,26 @@ class Network:
                     x = functional.call(layer.operands(x, own[i]), spec, autocast)
         return x
 
-    def _goes_by_run(self, x: Tensor, segment: Segment) -> bool:
+    def _goes_by_run(self, x: Tensor, segment: Segment, autocast: torch.dtype | None) -> bool:
         if dispatch.transforms_are_active():
             return False
+        if autocast is not None and not run_ops.stays_in(autocast, x, segment, self._tensors):
+            return False
         is_triton = isinstance(dispatch.choose(x.device, x.dtype, x.numel() == 0), Triton)
-        return is_triton and run_launch.has_tiles(x.device.type, x.device.index, x.dtype, segment.run.widths[0])
+        width = segment.run.widths[0]
+        if not is_triton or not run_launch.has_tiles(x.device.type, x.device.index, x.dtype, width):
+            return False
+        return _is_surely(dispatch.stack_pays(x.numel() // width, width))
 
-    def _run(self, x: Tensor, segment: Segment, training: bool) -> Tensor:
+    def _run(self, x: Tensor, segment: Segment, training: bool, autocast: torch.dtype | None) -> Tensor:
         if explanation.is_listening():
             choice = cast(Triton, dispatch.backend(x.device, x.dtype))
             explanation.note_run(choice, x, segment.run, run_launch.tiles(x, segment.run), self.recompute)
         dropping = segment.dropping if training else ()
         seeds = network_ops.draw_seeds(dropping, len(segment.run.layers)) if dropping else None
         tensors = run_ops.own_tensors(segment, self.spec, self._tensors)
+        if autocast is not None:
+            tensors = run_ops.cast(tensors, segment, autocast)
         return run_ops.residual_run(x, tensors, segment, seeds, self.recompute)
 
     def _check_for_kernels(self, x: Tensor, is_autocast: bool) -> None:
@@ -258,6 +265,15 @@ class Network:
         if facts not in self._checked:
             network_checks.check(x, self.spec, self._tensors, is_autocast)
             self._checked = {facts}
+
+
+def _is_surely(condition: Any) -> bool:
+    """Compiled for any number of rows, only what holds for all of them is, so that none are ruled out."""
+    if not is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _forget(handle: int) -> None:

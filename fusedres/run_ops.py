@@ -66,6 +66,22 @@ def own_tensors(segment: Segment, spec: NetworkSpec, tensors: Sequence[Tensor]) 
     return [t[begin * size : (begin + depth) * size] for t, size in zip(found, sizes, strict=True)]
 
 
+def stays_in(dtype: torch.dtype, x: Tensor, segment: Segment, tensors: Sequence[Tensor]) -> bool:
+    """Whether autocast to a dtype leaves a run's rows in it: sums promote where x, or a scale per channel, is wider."""
+    layer = segment.run.layers[0]
+    if x.dtype != dtype or layer.slots.branch_scale < 0:
+        return x.dtype == dtype
+    a = tensors[segment.slots[layer.slots.branch_scale]]
+    is_per_channel = a.numel() > tensors[segment.slots[layer.slots.weight]].shape[0]
+    return not is_per_channel or a.dtype == dtype
+
+
+def cast(tensors: list[Tensor], segment: Segment, dtype: torch.dtype) -> list[Tensor]:
+    """A run's tensors as autocast has them: what is multiplied and its bias, while scales keep their dtype."""
+    slots = segment.run.layers[0].slots
+    return [t.to(dtype) if i in (slots.weight, slots.bias) else t for i, t in enumerate(tensors)]
+
+
 def residual_run(
     x: Tensor, tensors: Sequence[Tensor], segment: Segment, seeds: Tensor | None, recompute: bool | str
 ) -> Tensor:

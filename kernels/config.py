@@ -24,11 +24,15 @@ class Tiles(NamedTuple):
 
 
 class StackTile(NamedTuple):
-    """BLOCK_M rows per program, whole rows: their columns are padded to a power of two."""
+    """BLOCK_M rows per program, whole rows: their columns are padded to a power of two.
+
+    BLOCK_K of a product's depth per step, both operands from memory; 0: all of it at once, rows from registers.
+    """
 
     BLOCK_M: int
     warps: int
     stages: int
+    BLOCK_K: int = 0
 
 
 class StackTiles(NamedTuple):

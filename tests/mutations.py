@@ -189,6 +189,24 @@ MUTATIONS = {
         "x.dtype",
         STACK + " -k bits_of_what",
     ),
+    "stack: products read rows of the layer before": Mutation(
+        "kernels/triton/stack.py",
+        "store(y_ptr, WIDTH, m, n, in_m, in_n, h)\n            tl",
+        "store(y_ptr, WIDTH, m, n, in_m & (layer == 0), in_n, h)\n            tl",
+        STACK,
+    ),
+    "stack: dz of the wrong layer from memory": Mutation(
+        "kernels/triton/stack_backward.py", "dz_l, w_l = dz_ptr + layer * size", "dz_l, w_l = dz_ptr", STACK
+    ),
+    "stack: from memory, what is not kept is not filled": Mutation(
+        "kernels/triton/stack_backward.py", "(not reads_memory and (", "(True and (", STACK
+    ),
+    "stack: wide layers of any number of rows": Mutation(
+        "fusedres/dispatch.py", "and rows <= STACK_FEW_ROWS", "and rows >= 0", "test_runs.py -k many_rows"
+    ),
+    "stack: wide layers one by one or not, whatever is promised of bits": Mutation(
+        "fusedres/dispatch.py", "not is_batch_invariant() and rows", "rows", "test_runs.py -k batch_invariance"
+    ),
     "stack: post slope at z": Mutation(
         "kernels/triton/stack_backward.py", "g *= slope(v, ACTIVATION)", "g *= slope(z, ACTIVATION)", STACK
     ),

@@ -39,3 +39,15 @@ def test_a_tile_too_large_for_shared_memory_is_found():
     run = lens("--arch", "sm_80", "--tile", "128,128,64,8,7", "--kernel", "dx", "--mode", "bf16", "--aligned")
     assert run.returncode == 1
     assert "bytes of shared memory, has 166912" in run.stdout
+
+
+def test_more_registers_than_there_are_is_a_fault():
+    """As maxnreg allows: nothing spills, and the launch fails."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "bench")))
+    code = (
+        "from lens import Finding; print(*(Finding(255, threads).faults('sm_90') for threads in (256, 512)), sep='|')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert run.stdout == "|needs 130560 registers, has 65536\n"

@@ -56,9 +56,30 @@ def test_one_launch_each_way(device, launches):
         stack(torch.randn(9, 6, device=device))
     with fusedres.eager():
         stack(torch.randn(9, 6, device=device))
-    with torch.autocast(device, torch.bfloat16):
-        stack(torch.randn(9, 6, device=device))
+    with torch.autocast(device, torch.bfloat16):  # rows stay float32, as they do in eager
+        assert stack(torch.randn(9, 6, device=device)).dtype == torch.float32
     assert launches == [("forward", 39)]
+
+
+@pytest.mark.parametrize("branch_scale", ["scalar", "channel"])
+def test_autocast(branch_scale, device, launches):
+    """By the run's kernels where its rows are in autocast's dtype and stay there."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16  # Triton's interpreter computes bf16 wrongly
+    options = {"learn_branch_scale": branch_scale, "learn_skip_scale": True}
+    stack, eager = twins([5, 6, 6, 6, 6, 2], options, device)
+    x, found = torch.randn(9, 5, device=device), []
+    for model in (stack, eager):
+        with torch.autocast(device, dtype):
+            y = model(x)
+        y.float().square().sum().backward()
+        found.append(y)
+    assert found[0].dtype == found[1].dtype == (dtype if branch_scale == "scalar" else torch.float32)
+    assert launches == ([("forward", 3), ("backward", 3)] if branch_scale == "scalar" else [])
+    assert_close(*found, rtol=0.02, atol=0.02)
+    theirs = dict(eager.named_parameters())
+    for name, gradient in stack.by_layer({name: p.grad for name, p in stack.named_parameters()}).items():
+        assert gradient.dtype == torch.float32
+        assert_close(gradient, theirs[name].grad, rtol=0.03, atol=0.03)
 
 
 def test_mixed_widths_are_shown(device, fused, capsys):
@@ -74,14 +95,14 @@ def test_mixed_widths_are_shown(device, fused, capsys):
     assert "backward StackTile(" in printed
 
 
-@pytest.mark.parametrize("width", [17, 130])
+@pytest.mark.parametrize("width", [17, 130, 257])
 def test_every_way_to_call_it_gives_the_same(width, device, launches):
     """As a run where there is a tile, layer by layer where there is none, and through the operator."""
     options = {"learn_skip_scale": True, "learn_branch_scale": "channel", "order": "post", "activation": "silu"}
     stack, eager = twins([width] * 4, options, device)
     x, g = torch.randn(70, width, device=device), torch.randn(70, width, device=device)
     ours, theirs = gradients(stack, x, g), gradients(eager, x, g)
-    assert len(launches) == (2 if width == 17 else 0)
+    assert len(launches) == (0 if width == 257 else 2)
     compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
     y = compiled(x)
     named = dict(zip(dict(stack.named_parameters()), torch.autograd.grad(y, list(stack.parameters()), g), strict=True))
@@ -89,6 +110,22 @@ def test_every_way_to_call_it_gives_the_same(width, device, launches):
         assert_close(ours[name], value, rtol=1e-3, atol=1e-4 * max(1.0, value.abs().max().item()))
     for name, value in stack.by_layer(named).items():
         assert_close(value, theirs[name], rtol=1e-3, atol=1e-4 * max(1.0, value.abs().max().item()))
+
+
+def test_many_rows_of_wide_layers_go_layer_by_layer(device, launches, monkeypatch):
+    monkeypatch.setattr(dispatch, "STACK_FEW_ROWS", 20)
+    stack, eager = twins([130] * 3, {}, device)
+    few, many = torch.randn(20, 130, device=device), torch.randn(21, 130, device=device)
+    with torch.no_grad():
+        for x, ways in ((few, 1), (many, 1), (few, 2)):
+            assert_close(stack(x), eager(x), rtol=1e-3, atol=1e-4)
+            assert len(launches) == ways
+        for is_dynamic, ways in ((False, 3), (True, 3)):  # once as many rows as are compiled for, once any number
+            compiled = torch.compile(stack, fullgraph=True, backend="aot_eager", dynamic=is_dynamic)
+            assert_close(compiled(few), eager(few), rtol=1e-3, atol=1e-4)
+            assert len(launches) == ways
+        assert_close(compiled(many), eager(many), rtol=1e-3, atol=1e-4)
+        assert len(launches) == 3
 
 
 @pytest.mark.parametrize("options", [{}, {"drop_path": 0.4}, {"branch_scale": [0.1 * i for i in range(7)]}], ids=str)
@@ -115,9 +152,11 @@ def test_recompute_auto_goes_by_what_is_kept():
     assert dispatch.stack_keeps(1000, 1, 16, torch.float32, True) == 32
 
 
-def test_batch_invariance(device):
-    stack, _ = twins([20] * 5, {}, device)
-    x = torch.randn(200, 20, device=device)
+@pytest.mark.parametrize("width", [20, 130])
+def test_batch_invariance(width, device, monkeypatch):
+    monkeypatch.setattr(dispatch, "STACK_FEW_ROWS", 100)
+    stack, _ = twins([width] * 4, {}, device)
+    x = torch.randn(200, width, device=device)
     with torch.no_grad(), fusedres.batch_invariant():
         assert torch.equal(stack(x)[:3], stack(x[:3]))
 

@@ -51,6 +51,11 @@ class Case:
     keep_every: int = 1
     sums_weight: bool = True
     programs: int = 2
+    BLOCK_K: int = 0
+
+    @property
+    def tile(self) -> StackTile:
+        return SMALL._replace(BLOCK_K=self.BLOCK_K)
 
     def run(self, device: str) -> tuple[Tensor, Run]:
         """x and the run: weights scale as 1 / √d, so that rows stay near one."""
@@ -108,12 +113,12 @@ def everything(run: Run) -> Wanted:
     return Wanted(*(name in names for name in Wanted._fields))
 
 
-def fused(case: Case, x: Tensor, run: Run, g: Tensor, tile: StackTile = SMALL) -> dict[str, Tensor]:
+def fused(case: Case, x: Tensor, run: Run, g: Tensor) -> dict[str, Tensor]:
     """What the launchers give: y and every gradient."""
-    y, kept = stack.forward(x, run, tile, "ieee", case.keep_every)
+    y, kept = stack.forward(x, run, case.tile, "ieee", case.keep_every)
     assert kept.shape == ((case.L - 1) // case.keep_every, case.M, case.d)
     found = stack_backward.backward(
-        g, x, kept, run, everything(run), StackTiles(tile, tile), "ieee",
+        g, x, kept, run, everything(run), StackTiles(case.tile, case.tile), "ieee",
         case.keep_every, case.programs, case.sums_weight,
     )  # fmt: skip
     return {"y": y, **{f"d{name}": t for name, t in found._asdict().items() if t is not None}}
@@ -131,10 +136,10 @@ def widened(run: Run) -> Run:
     return run._replace(**{name: t.double() for name in NAMES if isinstance(t := getattr(run, name), Tensor)})
 
 
-def check(case: Case, device: str, layout: Callable[[Tensor], Tensor] = lambda g: g, tile: StackTile = SMALL) -> None:
+def check(case: Case, device: str, layout: Callable[[Tensor], Tensor] = lambda g: g) -> None:
     x, run = case.run(device)
     g = layout(torch.randn(case.M, case.d).to(device, case.dtype))
-    ours, eager = fused(case, x, run, g, tile), by_layers(case, x, run, g)
+    ours, eager = fused(case, x, run, g), by_layers(case, x, run, g)
     truth = by_layers(case, x.double(), widened(run), g.double())
     assert ours.keys() == truth.keys()
     most = max(case.drop_path, default=0.0)
@@ -153,6 +158,8 @@ MEMORY: dict[str, dict[str, Any]] = {
     "keep-dz": {"sums_weight": False},
     "every-third": {"keep_every": 3},
     "every-third-dz": {"keep_every": 3, "sums_weight": False},
+    "from-memory": {"BLOCK_K": 16, "sums_weight": False},
+    "every-third-from-memory": {"BLOCK_K": 16, "keep_every": 3, "sums_weight": False},
 }
 on_every_memory = pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
 
@@ -176,12 +183,14 @@ def test_every_scale_and_memory_policy(order, skip_scale, branch_scale, bias, me
     check(Case(L=4, order=order, skip_scale=skip_scale, branch_scale=branch_scale, bias=bias, **memory), device)
 
 
-@pytest.mark.parametrize("memory", [MEMORY["keep"], MEMORY["every-third-dz"]], ids=["keep", "every-third-dz"])
+@pytest.mark.parametrize("memory", ["keep", "every-third-dz", "from-memory"])
 @on_every_dtype
-@pytest.mark.parametrize(("d", "L", "M"), [(1, 5, 19), (3, 2, 1), (17, 5, 83), (64, 5, 1), (100, 2, 19), (128, 1, 19)])
+@pytest.mark.parametrize(
+    ("d", "L", "M"), [(1, 5, 19), (3, 2, 1), (17, 5, 83), (64, 5, 1), (100, 2, 19), (128, 1, 19), (250, 2, 19)]
+)
 def test_every_size(d, L, M, dtype, memory, device):
     """Up to six tiles of rows, three to a program."""
-    check(Case(d, L, M, dtype, activation="tanh", **memory), device)
+    check(Case(d, L, M, dtype, activation="tanh", **MEMORY[memory]), device)
 
 
 @on_every_memory
@@ -191,10 +200,10 @@ def test_stochastic_depth(order, has_skip, drop_path, memory, device):
     check(Case(L=4, M=35, order=order, has_skip=has_skip, drop_path=drop_path, **memory), device)
 
 
-@pytest.mark.parametrize("sums_weight", [True, False], ids=["sums", "dz"])
-def test_a_tile_that_drops_all_its_rows_multiplies_nothing(sums_weight, device):
+@pytest.mark.parametrize("memory", ["keep", "keep-dz", "from-memory"])
+def test_a_tile_that_drops_all_its_rows_multiplies_nothing(memory, device):
     """Its dropped layer's weights are NaN, and reach neither its rows nor any gradient but g · 0."""
-    case = Case(L=3, M=16, drop_path=(0.0, 1 - 2**-20, 0.0), sums_weight=sums_weight)
+    case = Case(L=3, M=16, drop_path=(0.0, 1 - 2**-20, 0.0), **MEMORY[memory])
     x, run = case.run(device)
     g = torch.randn(16, 17, device=device)
     broken = run._replace(weight=run.weight.clone())
@@ -216,9 +225,10 @@ def test_every_layout_of_the_incoming_gradient(layout, keep_every, device):
     check(Case(keep_every=keep_every), device, laid_out)
 
 
+@pytest.mark.parametrize("memory", ["keep", "from-memory"])
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
-def test_every_layout_of_rows(layout, device):
-    case = Case()
+def test_every_layout_of_rows(layout, memory, device):
+    case = Case(**MEMORY[memory])
     x, run = case.run(device)
     x = x[:1].expand(19, 17) if layout == "expanded" else x
     wide = torch.cat([x, x], 1)[:, :17]
@@ -229,11 +239,11 @@ def test_every_layout_of_rows(layout, device):
 
 
 @pytest.mark.parametrize("d", [16, 17])
-@pytest.mark.parametrize("memory", [MEMORY["keep"], MEMORY["every-third"]], ids=["keep", "every-third"])
+@pytest.mark.parametrize("memory", ["keep", "every-third", "from-memory"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_nan_stays_in_its_row(order, value, memory, d, device):
-    case = Case(d=d, L=4, M=37, order=order, **memory)
+    case = Case(d=d, L=4, M=37, order=order, **MEMORY[memory])
     x, run = case.run(device)
     x[7, 3] = value
     found = fused(case, x, run, torch.ones_like(x))
@@ -269,52 +279,57 @@ def test_what_is_recomputed_has_the_bits_of_what_was_kept(dtype, order, drop_pat
     kept = fused(case, x, run, g)
     for keep_every in (3, 5):
         same(fused(replace(case, keep_every=keep_every), x, run, g), kept)
-    dz = replace(case, sums_weight=False)
-    same(fused(replace(dz, keep_every=3), x, run, g), fused(dz, x, run, g))
+    for memory in ("keep-dz", "from-memory"):
+        dz = replace(case, **MEMORY[memory])
+        same(fused(replace(dz, keep_every=3), x, run, g), fused(dz, x, run, g))
 
 
-def test_two_runs_give_the_same_bits(device):
-    case = Case(L=3, M=51, d=40, drop_path=(0.3,), keep_every=2)
+@pytest.mark.parametrize("BLOCK_K", [0, 16])
+def test_two_runs_give_the_same_bits(BLOCK_K, device):
+    case = Case(L=3, M=51, d=40, drop_path=(0.3,), keep_every=2, sums_weight=BLOCK_K == 0, BLOCK_K=BLOCK_K)
     x, run = case.run(device)
     g = torch.randn(51, 40, device=device)
     same(fused(case, x, run, g), fused(case, x, run, g))
 
 
-def test_a_row_has_the_same_bits_in_any_batch(device):
-    x, run = Case(L=4, M=83, d=40).run(device)
-    whole, _ = stack.forward(x, run, SMALL, "ieee", None)
+@pytest.mark.parametrize("BLOCK_K", [0, 16])
+def test_a_row_has_the_same_bits_in_any_batch(BLOCK_K, device):
+    case = Case(L=4, M=83, d=40, BLOCK_K=BLOCK_K)
+    x, run = case.run(device)
+    whole, _ = stack.forward(x, run, case.tile, "ieee", None)
     for M in (1, 16, 35):
-        part, _ = stack.forward(x[:M], run, SMALL, "ieee", None)
+        part, _ = stack.forward(x[:M], run, case.tile, "ieee", None)
         assert torch.equal(part, whole[:M])
 
 
 @on_every_dtype
+@pytest.mark.parametrize("BLOCK_K", [0, 16])
 @pytest.mark.parametrize("order", ["pre", "post"])
-def test_a_run_is_its_layers_one_after_another(order, dtype, device):
-    """Bit for bit, where the layer kernel multiplies whole rows too."""
-    case = Case(d=32, dtype=dtype, order=order, branch_scale=0.5, skip_scale=0.75)
+def test_a_run_is_its_layers_one_after_another(order, BLOCK_K, dtype, device):
+    """Bit for bit, where the layer kernel takes as much of a product's depth at a time."""
+    case = Case(d=32, dtype=dtype, order=order, branch_scale=0.5, skip_scale=0.75, BLOCK_K=BLOCK_K)
     x, run = case.run(device)
-    y, kept = stack.forward(x, run, SMALL, "ieee", 1)
+    y, kept = stack.forward(x, run, case.tile, "ieee", 1)
     spec = LayerSpec("gelu", order, "identity", skip_scale=0.75, branch_scale=0.5)
     h = x
     for i in range(case.L):
         operands = Operands(h, run.weight[i], run.bias[i])
-        h, _, _ = layer.forward(operands, spec, dtype, Tile(16, 32, 32, 4, 2), "ieee", False, False)
+        h, _, _ = layer.forward(operands, spec, dtype, Tile(16, 32, BLOCK_K or 32, 4, 2), "ieee", False, False)
         assert torch.equal(h, y if i == case.L - 1 else kept[i])
 
 
-def test_only_what_is_wanted_is_computed(device):
-    case = Case(L=4)
+@pytest.mark.parametrize("BLOCK_K", [0, 16])
+def test_only_what_is_wanted_is_computed(BLOCK_K, device):
+    case = Case(L=4, sums_weight=False, BLOCK_K=BLOCK_K)
     x, run = case.run(device)
     g = torch.randn_like(x)
+    tiles = StackTiles(case.tile, case.tile)
     for keep_every in (1, 2):
-        _, kept = stack.forward(x, run, SMALL, "ieee", keep_every)
-        every = fused(replace(case, keep_every=keep_every, sums_weight=False), x, run, g)
+        _, kept = stack.forward(x, run, case.tile, "ieee", keep_every)
+        every = fused(replace(case, keep_every=keep_every), x, run, g)
         for name in ("x", *NAMES):
             wanted = Wanted(*(field == name for field in Wanted._fields))
-            found = stack_backward.backward(
-                g, x, kept, run, wanted, StackTiles(SMALL, SMALL), "ieee", keep_every, 2, False
-            )
+            found = stack_backward.backward(g, x, kept, run, wanted, tiles, "ieee", keep_every, 2, False)
             assert [field for field, t in found._asdict().items() if t is not None] == [name]
             assert torch.equal(getattr(found, name), every[f"d{name}"])
 
@@ -343,17 +358,22 @@ def test_offsets_beyond_32_bits(far, device, monkeypatch):
     assert torch.equal(kept[:, :16], near)
 
 
-def test_every_width_and_dtype_has_tiles():
-    for dtype, precision, widest in (
-        (torch.float32, "ieee", 64),
-        (torch.float32, "tf32", 128),
-        (torch.float16, "ieee", 128),
-        (torch.bfloat16, "ieee", 128),
-    ):
-        assert all(dispatch.stack_tiles(d, dtype, precision, "cuda", False) for d in (1, 16, 17, widest))
-        assert dispatch.stack_tiles(widest + 1, dtype, precision, "cuda", False) is None
-        skinny = dispatch.stack_tiles(17, dtype, precision, "cuda", True)
-        assert [tile.BLOCK_M for tile in skinny] == [16, 16]
+@pytest.mark.parametrize("target", ["cuda", "hip"])
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "ieee"), ("float32", "tf32"), ("float16", "ieee")])
+def test_every_width_and_dtype_has_tiles(dtype, precision, target):
+    def tiles(d: int, is_skinny: bool = False) -> StackTiles | None:
+        return dispatch.stack_tiles(d, getattr(torch, dtype), precision, target, is_skinny)
+
+    assert all(tiles(d) for d in (1, 16, 17, 64, 65, 128, 129, 256))
+    assert tiles(257) is None
+    assert all(tile.BLOCK_M == 16 for d in (17, 200) for tile in tiles(d, is_skinny=True))
+    assert tiles(17).backward.BLOCK_K == 0 < tiles(200).backward.BLOCK_K
+
+
+def test_wide_runs_are_for_few_rows():
+    assert dispatch.stack_pays(1 << 30, 128)
+    assert dispatch.stack_pays(4096, 256)
+    assert not dispatch.stack_pays(4097, 129)
 
 
 def test_what_a_run_keeps_and_how_its_sums_are_shared():
@@ -384,7 +404,7 @@ def test_the_bytes_that_are_stated_are_those_that_move(memory, device, monkeypat
 
         def counted(pointers: Any, *arguments: Any) -> Any:
             mask = arguments[0] if name == "create_masked_load" else arguments[1]
-            kind = {(16, 32): "rows", (32, 32): "square"}.get(pointers.data.shape)
+            kind = {(tile.BLOCK_M, 32): "rows", (tile.BLOCK_M, 16): "part", (32, 32): "square"}.get(pointers.data.shape)
             moved[kind, pointers.get_element_ty().primitive_bitwidth // 8] += int(mask.data.sum())
             return call(pointers, *arguments)
 
@@ -393,17 +413,19 @@ def test_the_bytes_that_are_stated_are_those_that_move(memory, device, monkeypat
     counting("create_masked_load")
     counting("create_masked_store")
     case = Case(d=30, L=5, M=35, dtype=torch.float16, **memory)
+    tile = case.tile._replace(BLOCK_M=64) if case.BLOCK_K else case.tile  # to be told from parts of weights
     x, run = case.run(device)
-    y, kept = stack.forward(x, run, SMALL, "ieee", case.keep_every)
+    y, kept = stack.forward(x, run, tile, "ieee", case.keep_every)
     size = (case.M, case.d, case.L, 2)
-    assert 2 * moved["rows", 2] == stack_bytes.forward(*size, case.keep_every).rows
+    stated = stack_bytes.forward(*size, case.keep_every, case.BLOCK_K > 0)
+    assert 2 * (moved["rows", 2] + moved["part", 2]) == stated.rows + stated.cached
 
     moved.clear()
+    tiles = StackTiles(tile, tile)
     stack_backward.backward(
-        y, x, kept, run, everything(run), StackTiles(SMALL, SMALL), "ieee",
-        case.keep_every, case.programs, case.sums_weight,
-    )  # fmt: skip
-    stated = stack_bytes.backward(*size, case.keep_every, case.sums_weight, 16)
-    assert 2 * moved["rows", 2] + 4 * moved["rows", 4] == stated.rows
+        y, x, kept, run, everything(run), tiles, "ieee", case.keep_every, case.programs, case.sums_weight
+    )
+    stated = stack_bytes.backward(*size, case.keep_every, case.sums_weight, tile)
+    assert 2 * (moved["rows", 2] + moved["part", 2]) + 4 * moved["rows", 4] == stated.rows + stated.cached
     left_to_torch = case.programs * case.L * case.d**2 * 4 if case.sums_weight else 0
     assert 4 * moved["square", 4] + left_to_torch == stated.sums

@@ -5,7 +5,8 @@
     12 λ   13 a   14 drop_path   15 drop_threshold   16 keep_scale
 
 λ, a, drop_path and keep_scale are the bits of doubles; activation and skip are indices in `kernels/spec.py`. As an
-operator's arguments a network is codes (words 0 to 11) and numbers (12 to 14) instead, which read well in a graph.
+operator's arguments a network is codes (words 0 to 11, and how many layers they are for, which differ by their slice
+alone) and numbers (12 to 14) instead: they read well in a graph, and a deep network of equal layers passes few.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..spec import ACTIVATIONS, ORDERS, SUMMED_SKIPS, LayerSpec, NetworkLayer, NetworkSpec, Slots
 
-CODES, NUMBERS = 12, 3  # a layer's codes: N, K, activation, order, skip, six slots, slice; numbers: λ, a, drop_path
+CODES, NUMBERS = 13, 3  # of equal layers: N, K, activation, order, skip, six slots, slice, count; λ, a, drop_path
 
 
 def plan(spec: NetworkSpec) -> Tensor:
@@ -31,20 +32,26 @@ def _plan(spec: NetworkSpec) -> Tensor:
     def bits(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device="cpu").view(torch.int64)
 
-    codes, numbers = encoded(spec)
     specs = [layer.spec for layer in spec.layers]
     thresholds = torch.tensor([s.drop_threshold for s in specs], dtype=torch.int64, device="cpu")
     columns = [
-        torch.tensor(codes, dtype=torch.int64, device="cpu").view(-1, CODES),
-        bits(numbers).view(-1, NUMBERS),
+        torch.tensor([[*_codes(layer), layer.slice] for layer in spec.layers], dtype=torch.int64, device="cpu"),
+        bits([number for layer in spec.layers for number in _numbers(layer)]).view(-1, NUMBERS),
         thresholds[:, None],
         bits([s.keep_scale for s in specs])[:, None],
     ]
     return torch.cat(columns, 1)
 
 
-def _indices(spec: LayerSpec) -> tuple[int, int, int]:
-    return ACTIVATIONS.index(spec.activation), ORDERS.index(spec.order), SUMMED_SKIPS.index(spec.skip)
+def _codes(layer: NetworkLayer) -> list[int]:
+    """All but the slice."""
+    spec = layer.spec
+    indices = ACTIVATIONS.index(spec.activation), ORDERS.index(spec.order), SUMMED_SKIPS.index(spec.skip)
+    return [layer.N, layer.K, *indices, *layer.slots]
+
+
+def _numbers(layer: NetworkLayer) -> list[float]:
+    return [layer.spec.skip_scale, layer.spec.branch_scale, layer.spec.drop_path]
 
 
 @lru_cache(maxsize=4096)
@@ -58,8 +65,13 @@ def encoded(spec: NetworkSpec) -> tuple[list[int], list[float]]:
     codes: list[int] = []
     numbers: list[float] = []
     for layer in spec.layers:
-        codes += (layer.N, layer.K, *_indices(layer.spec), *layer.slots, layer.slice)
-        numbers += (layer.spec.skip_scale, layer.spec.branch_scale, layer.spec.drop_path)
+        own, scales = _codes(layer), _numbers(layer)
+        is_like_before = codes[-CODES:-2] == own and numbers[-NUMBERS:] == scales
+        if is_like_before and layer.slice == codes[-2] + codes[-1]:
+            codes[-1] += 1
+        else:
+            codes += (*own, layer.slice, 1)
+            numbers += scales
     return codes, numbers
 
 
@@ -67,10 +79,10 @@ def encoded(spec: NetworkSpec) -> tuple[list[int], list[float]]:
 def decoded(codes: tuple[int, ...], numbers: tuple[float, ...]) -> NetworkSpec:
     layers = []
     for i in range(len(codes) // CODES):
-        N, K, activation, order, skip, *slots, slice = codes[i * CODES : (i + 1) * CODES]
+        N, K, activation, order, skip, *slots, first, count = codes[i * CODES : (i + 1) * CODES]
         skip_scale, branch_scale, drop_path = numbers[i * NUMBERS : (i + 1) * NUMBERS]
         spec = LayerSpec(
             ACTIVATIONS[activation], ORDERS[order], SUMMED_SKIPS[skip], skip_scale, branch_scale, drop_path
         )
-        layers.append(NetworkLayer(spec, N, K, Slots(*slots), slice))
+        layers += [NetworkLayer(spec, N, K, Slots(*slots), first + j) for j in range(count)]
     return NetworkSpec(layers)

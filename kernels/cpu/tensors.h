@@ -41,13 +41,21 @@ inline double number(const Tensor &from, int64_t index) {
     }
 }
 
-// The plan as an operator that others see takes it: the first words of every layer, and the numbers after them.
+// The plan as an operator that others see takes it: the first words of layers that are alike but for the slice, how many
+// they are, and the numbers after those words.
 inline std::pair<c10::List<int64_t>, c10::List<double>> encoded(const Tensor &plan) {
     c10::List<int64_t> codes;
     c10::List<double> numbers;
-    const int64_t *words = plan.const_data_ptr<int64_t>();
-    for (int64_t l = 0; l < plan.size(0); l++, words += WORDS) {
+    const int64_t *words = plan.const_data_ptr<int64_t>(), planned = plan.size(0);
+    auto is_next = [](const int64_t *layer, int64_t count) {
+        const int64_t *other = layer + count * WORDS;
+        return std::equal(layer, layer + INDEX, other) && other[INDEX] == layer[INDEX] + count &&
+               std::equal(layer + SKIP_SCALE, layer + DROP_THRESHOLD, other + SKIP_SCALE);
+    };
+    for (int64_t l = 0, count; l < planned; l += count, words += count * WORDS) {
+        for (count = 1; l + count < planned && is_next(words, count);) count++;
         for (int64_t i = 0; i <= INDEX; i++) codes.push_back(words[i]);
+        codes.push_back(count);
         for (int64_t i = SKIP_SCALE; i <= DROP_PATH; i++) numbers.push_back(as_double(words[i]));
     }
     return {codes, numbers};

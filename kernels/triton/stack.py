@@ -8,6 +8,9 @@
 A program owns BLOCK_M rows and takes them through all layers in registers, where each h_l is rounded to x's type, as if
 every layer were a kernel of its own. WIDTH is d, BLOCK_D the power of two that it is padded to; padding is 0 in every
 operand, so that NaN stays in its row.
+
+Where a layer's weights are too many for registers, h_l goes to memory, into y's rows, which are the program's own and
+stay in a cache: products then take both operands from there, BLOCK_K of their depth at a time.
 """
 
 import torch
@@ -21,6 +24,7 @@ from .activations import activate
 from .layer import rows, vector
 from .philox import drop_rows, keeps_row
 from .tile import add_bias, store
+from .tile import product as product_from_memory
 
 # told nothing, ptxas spills 4 to 28 bytes for the sake of occupancy, with 72 to 128 of 255 registers in use
 ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
@@ -30,9 +34,9 @@ ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 def _forward_kernel(
     y_ptr, kept_ptr, x_ptr, stride_xm, w_ptr, b_ptr,
     lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
-    M, L, every,
+    M, L, every, d,
     ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, HAS_SKIP: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
-    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # place: this program owns rows m
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -46,23 +50,29 @@ def _forward_kernel(
         if kept_ptr is not None:
             if (layer > 0) & (layer % every == 0):
                 store(kept_ptr + (layer // every - 1) * size, WIDTH, m, n, in_m, in_n, h)
+        if BLOCK_K > 0:
+            tl.debug_barrier()  # all have read h_{l-1}
+            store(y_ptr, WIDTH, m, n, in_m, in_n, h)
+            tl.debug_barrier()  # all of h_l is there
         h = climb(
-            h, layer, m, n, in_m, in_n, w_ptr, b_ptr,
+            h, y_ptr, d, layer, m, n, in_m, in_n, w_ptr, b_ptr,
             lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
-            ACTIVATION, IS_POST, HAS_SKIP, IS_PER_CHANNEL, PRECISION, WIDTH,
+            ACTIVATION, IS_POST, HAS_SKIP, IS_PER_CHANNEL, PRECISION, WIDTH, BLOCK_K,
         )  # fmt: skip
+    if BLOCK_K > 0:
+        tl.debug_barrier()
     store(y_ptr, WIDTH, m, n, in_m, in_n, h)
 
 
 @triton.jit
 def climb(
-    h, layer, m, n, in_m, in_n, w_ptr, b_ptr,
+    h, h_ptr, d, layer, m, n, in_m, in_n, w_ptr, b_ptr,
     lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
     ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, HAS_SKIP: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
-    PRECISION: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h_{layer+1} of the rows m from their h_l."""
-    w = weight(w_ptr, layer, n, in_n, WIDTH)
+    """h_{layer+1} of the rows m from their h_l, which lies at h_ptr too where products are from memory."""
+    w = None if BLOCK_K > 0 else weight(w_ptr, layer, n, in_n, WIDTH)
     a = branch_scale(a_ptr, a, layer, n, in_n, IS_PER_CHANNEL, WIDTH)
 
     turns = 1
@@ -73,7 +83,7 @@ def climb(
     # branch: in no turn where the tile drops all its rows, else in one
     y = tl.zeros(h.shape, tl.float32)
     for _ in range(turns):
-        z = product(h, w, b_ptr, layer, n, in_n, PRECISION, WIDTH)
+        z = product(h, w, h_ptr, WIDTH, d, w_ptr, b_ptr, layer, m, n, in_m, in_n, PRECISION, WIDTH, BLOCK_K)
         y = a * (z if IS_POST else activate(z, ACTIVATION))
     if seed_ptr is not None:
         y = drop_rows(y, m, seed, threshold, of_layer(keep_scale_ptr, keep_scale, layer))
@@ -93,15 +103,28 @@ def operand(ptr, stride_m, m, n, in_m, in_n):
 
 
 @triton.jit
-def weight(w_ptr, layer, n, in_n, WIDTH: tl.constexpr):
-    """w_l [BLOCK_D, BLOCK_D], output features first."""
-    return operand(w_ptr + layer * tl.cast(WIDTH * WIDTH, tl.int64), WIDTH, n, n, in_n, in_n)
+def at_layer(w_ptr, layer, WIDTH: tl.constexpr):
+    """Where w_l begins."""
+    return w_ptr + layer * tl.cast(WIDTH * WIDTH, tl.int64)
 
 
 @triton.jit
-def product(h, w, b_ptr, layer, n, in_n, PRECISION: tl.constexpr, WIDTH: tl.constexpr):
-    """z_l in fp32, 0 in its padding."""
-    z = tl.dot(h, tl.trans(w), input_precision=PRECISION)
+def weight(w_ptr, layer, n, in_n, WIDTH: tl.constexpr):
+    """w_l [BLOCK_D, BLOCK_D], output features first."""
+    return operand(at_layer(w_ptr, layer, WIDTH), WIDTH, n, n, in_n, in_n)
+
+
+@triton.jit
+def product(
+    h, w, h_ptr, stride_hm, d, w_ptr, b_ptr, layer, m, n, in_m, in_n,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """z_l in fp32, 0 in its padding: of h and w, or of h_l and w_l from memory."""
+    if BLOCK_K > 0:
+        w_l = at_layer(w_ptr, layer, WIDTH)
+        z = product_from_memory(h_ptr, stride_hm, w_l, WIDTH, 1, m, n, in_m, in_n, d, BLOCK_K, PRECISION)
+    else:
+        z = tl.dot(h, tl.trans(w), input_precision=PRECISION)
     return unpadded(add_bias(z, b_ptr, layer * WIDTH + n, in_n), in_n, WIDTH)
 
 
@@ -160,8 +183,8 @@ def forward_into(
     x = rows(x)
     _forward_kernel[(triton.cdiv(M, tile.BLOCK_M),)](
         y, kept, x, x.stride(0), *parameters(run),
-        M, L, every,
-        **options(run), PRECISION=precision, WIDTH=d, BLOCK_M=tile.BLOCK_M, BLOCK_D=padded(d),
+        M, L, every, d,
+        **options(run), PRECISION=precision, WIDTH=d, BLOCK_M=tile.BLOCK_M, BLOCK_D=padded(d), BLOCK_K=tile.BLOCK_K,
         num_warps=tile.warps, num_stages=tile.stages, **ALL_REGISTERS,
     )  # fmt: skip
 

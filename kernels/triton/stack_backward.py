@@ -8,6 +8,8 @@
 A program goes through tiles of rows, each from the last layer down to the first, with g in fp32 registers; every h is
 read once. Between kept h's it first climbs again, into scratch memory of its own [every, BLOCK_M, d] in x's type.
 
+Where products take their operands from memory (stack.py), every h is kept, at least for a segment, and dz written.
+
 Sums are each program's own, fp32 [programs, L, …], added to in the order of its tiles, and by torch in the order of
 programs. dw has two forms: summed like the others (dw_ptr), or a library's product over rows, of dz [L, M, d] (dz_ptr).
 """
@@ -25,6 +27,7 @@ from .layer_backward import product_over_rows
 from .philox import drop_rows
 from .stack import (
     ALL_REGISTERS,
+    at_layer,
     branch_scale,
     climb,
     forward_into,
@@ -38,6 +41,7 @@ from .stack import (
     weight,
 )
 from .tile import load, store
+from .tile import product as product_from_memory
 
 
 @triton.jit(do_not_specialize=["M", "L", "every", "programs", "lam", "a", "threshold", "keep_scale"])
@@ -45,10 +49,10 @@ def _backward_kernel(
     dx_ptr, dz_ptr, dw_ptr, db_ptr, da_ptr, dlam_ptr,
     g_ptr, stride_gm, kept_ptr, scratch_ptr, x_ptr, stride_xm, w_ptr, b_ptr,
     lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
-    M, L, every, programs,
+    M, L, every, programs, d,
     ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, HAS_SKIP: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
     PRECISION: tl.constexpr, NEEDS_Z: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     i = tl.arange(0, BLOCK_M).to(tl.int64)
@@ -75,24 +79,25 @@ def _backward_kernel(
                 for layer in range(first, last):
                     store(scratch_ptr + (layer - first) * (BLOCK_M * WIDTH), WIDTH, i, n, in_m, in_n, h)
                     h = climb(
-                        h, layer, m, n, in_m, in_n, w_ptr, b_ptr,
+                        h, None, d, layer, m, n, in_m, in_n, w_ptr, b_ptr,
                         lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
-                        ACTIVATION, IS_POST, HAS_SKIP, IS_PER_CHANNEL, PRECISION, WIDTH,
+                        ACTIVATION, IS_POST, HAS_SKIP, IS_PER_CHANNEL, PRECISION, WIDTH, BLOCK_K,
                     )  # fmt: skip
                 tl.debug_barrier()
 
             for back in range(last - first):
                 layer = last - 1 - back
+                h_ptr, stride_hm = rows_of_layer(x_ptr, stride_xm, kept_ptr, layer, size, WIDTH)
                 if scratch_ptr is not None:
                     h = operand(scratch_ptr + (layer - first) * (BLOCK_M * WIDTH), WIDTH, i, n, in_m, in_n)
                 else:
-                    h = operand(*rows_of_layer(x_ptr, stride_xm, kept_ptr, layer, size, WIDTH), m, n, in_m, in_n)
+                    h = operand(h_ptr, stride_hm, m, n, in_m, in_n)
                 g = descend(
-                    g, h, layer, m, n, in_m, in_n, w_ptr, b_ptr,
+                    g, h, h_ptr, stride_hm, d, layer, m, n, in_m, in_n, w_ptr, b_ptr,
                     lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
                     dz_ptr, dw_ptr, db_ptr, da_ptr, dlam_ptr,
                     tl.cast(program, tl.int64) * L + layer, tile >= programs, size,
-                    ACTIVATION, IS_POST, HAS_SKIP, IS_PER_CHANNEL, PRECISION, NEEDS_Z, WIDTH,
+                    ACTIVATION, IS_POST, HAS_SKIP, IS_PER_CHANNEL, PRECISION, NEEDS_Z, WIDTH, BLOCK_K,
                 )  # fmt: skip
             if scratch_ptr is not None:
                 tl.debug_barrier()
@@ -103,14 +108,14 @@ def _backward_kernel(
 
 @triton.jit
 def descend(
-    g, h, layer, m, n, in_m, in_n, w_ptr, b_ptr,
+    g, h, h_ptr, stride_hm, d, layer, m, n, in_m, in_n, w_ptr, b_ptr,
     lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
     dz_ptr, dw_ptr, db_ptr, da_ptr, dlam_ptr, row, is_later, size,
     ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, HAS_SKIP: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
-    PRECISION: tl.constexpr, NEEDS_Z: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr, NEEDS_Z: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """∂/∂h_l of the rows m from their g = ∂/∂h_{layer+1}; row: where this program and layer have their sums."""
-    w = weight(w_ptr, layer, n, in_n, WIDTH)
+    w = None if BLOCK_K > 0 else weight(w_ptr, layer, n, in_n, WIDTH)
     a = branch_scale(a_ptr, a, layer, n, in_n, IS_PER_CHANNEL, WIDTH)
     lam = of_layer(lam_ptr, lam, layer)
     turns = 1
@@ -123,7 +128,7 @@ def descend(
     if NEEDS_Z:
         z = tl.zeros(h.shape, tl.float32)
         for _ in range(turns):
-            z = product(h, w, b_ptr, layer, n, in_n, PRECISION, WIDTH)
+            z = product(h, w, h_ptr, stride_hm, d, w_ptr, b_ptr, layer, m, n, in_m, in_n, PRECISION, WIDTH, BLOCK_K)
 
     # post: through the activation first, so that g is the gradient of the sum in either order
     if IS_POST and NEEDS_Z:
@@ -152,6 +157,8 @@ def descend(
     dz_operand = dz.to(h.dtype)
     if dz_ptr is not None:
         store(dz_ptr + layer * size, WIDTH, m, n, in_m, in_n, dz_operand)
+    if BLOCK_K > 0:
+        tl.debug_barrier()
 
     # products: dw, and what goes on down
     for _ in range(turns):
@@ -159,9 +166,13 @@ def descend(
             dw = tl.dot(tl.trans(dz_operand), h, input_precision=PRECISION)
             own = dw_ptr + row * (WIDTH * WIDTH) + n[:, None] * WIDTH + n[None, :]
             add(own, dw, in_n[:, None] & in_n[None, :], is_later if seed_ptr is None else True)
-        if PRECISION == "ieee" and h.dtype == tl.float32 and h.shape[1] >= 64:
-            w = weight(w_ptr, layer, n, in_n, WIDTH)  # read again: kept so long, exact fp32 spills 120 bytes on sm_90
-        ds = tl.dot(dz_operand, w, ds, input_precision=PRECISION)
+        if BLOCK_K > 0:
+            dz_l, w_l = dz_ptr + layer * size, at_layer(w_ptr, layer, WIDTH)
+            ds += product_from_memory(dz_l, WIDTH, w_l, 1, WIDTH, m, n, in_m, in_n, d, BLOCK_K, PRECISION)
+        else:
+            if PRECISION == "ieee" and h.dtype == tl.float32 and h.shape[1] >= 64:
+                w = weight(w_ptr, layer, n, in_n, WIDTH)  # again: kept so long, exact fp32 spills 120 bytes on sm_90
+            ds = tl.dot(dz_operand, w, ds, input_precision=PRECISION)
     return tl.where(in_m[:, None] & in_n[None, :], ds, 0.0)
 
 
@@ -201,7 +212,8 @@ def backward(
     sums_weight: dw is summed in the kernel, else a product over rows of dz and all h's. Where not all of them are kept,
     that goes by segments, each filled by a forward kernel: 2 keep_every matrices like x at a time.
     """
-    if keep_every == 1 or sums_weight or not wanted.weight:
+    reads_memory = tiles.backward.BLOCK_K > 0
+    if keep_every == 1 or (not reads_memory and (sums_weight or not wanted.weight)):
         dx, sums = _descend(
             g, x, kept, run, wanted, tiles.backward, precision, keep_every, programs, sums_weight, x.dtype
         )
@@ -244,7 +256,8 @@ def _descend(
     programs = min(programs, triton.cdiv(M, tile.BLOCK_M))
 
     dx = x.new_empty(M, d, dtype=dtype) if wanted.x else None
-    dz = x.new_empty(L, M, d) if wanted.weight and not sums_weight else None
+    multiplies_dz = wanted.weight and not sums_weight
+    dz = x.new_empty(L, M, d) if multiplies_dz or tile.BLOCK_K > 0 else None
     scratch = x.new_empty(programs, every, tile.BLOCK_M, d) if every > 1 else None
     names = [name for name in ("bias", "branch_scale", "skip_scale") if getattr(wanted, name)]
     into = {name: x.new_empty(programs, L, d, dtype=torch.float32) for name in names}
@@ -255,13 +268,14 @@ def _descend(
     _backward_kernel[(programs,)](
         dx, dz, into.get("weight"), into.get("bias"), into.get("branch_scale"), into.get("skip_scale"),
         g, g.stride(0), kept, scratch, x, x.stride(0), *parameters(run),
-        M, L, every if every > 1 else L, programs,
+        M, L, every if every > 1 else L, programs, d,
         **options(run), PRECISION=precision, NEEDS_Z=run.activation != "none" or wanted.branch_scale,
-        WIDTH=d, BLOCK_M=tile.BLOCK_M, BLOCK_D=padded(d), num_warps=tile.warps, num_stages=tile.stages, **ALL_REGISTERS,
+        WIDTH=d, BLOCK_M=tile.BLOCK_M, BLOCK_D=padded(d), BLOCK_K=tile.BLOCK_K,
+        num_warps=tile.warps, num_stages=tile.stages, **ALL_REGISTERS,
     )  # fmt: skip
 
     sums = {name: partial.sum(0) for name, partial in into.items()}
-    if dz is not None:
+    if multiplies_dz:
         sums["weight"] = _products_over_rows(dz, x, kept)
     return dx, sums
 
