@@ -1,7 +1,8 @@
 """Which backend runs a call, with which tiles or in which way: functions of plain facts, answers with reasons.
 
-On a GPU nothing depends on the number of rows but one coarse class (at most SKINNY rows, or more), so that a row's bits
-do not depend on the batch around it within a class, and no new batch size compiles anything. On a CPU the way does.
+On a GPU nothing depends on the number of rows but a coarse class (at most SKINNY rows, or more; for runs of wide layers
+at most STACK_FEW_ROWS, or more), so that a row's bits do not depend on the batch around it within a class, and no new
+batch size within it compiles anything. On a CPU the way does.
 """
 
 from __future__ import annotations
@@ -294,7 +295,7 @@ _STACKS = {
     ("tf32", 16): StackTiles(StackTile(128, 8, 3), StackTile(64, 8, 2)),
     ("tf32", 32): StackTiles(StackTile(128, 8, 3), StackTile(64, 8, 2)),
     ("tf32", 64): StackTiles(StackTile(64, 8, 3), StackTile(32, 8, 2)),
-    ("tf32", 128): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 2)),
+    ("tf32", 128): StackTiles(StackTile(32, 8, 2), StackTile(32, 8, 3, 32)),
     ("exact", 16): StackTiles(StackTile(32, 8, 2), StackTile(32, 4, 1)),
     ("exact", 32): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 2)),
     ("exact", 64): StackTiles(StackTile(32, 8, 2), StackTile(16, 8, 1)),
@@ -303,8 +304,8 @@ _STACKS = {
     ("tf32", 256): StackTiles(StackTile(32, 8, 3, 32), StackTile(16, 8, 3, 16)),
     ("exact", 256): StackTiles(StackTile(16, 8, 1, 16), StackTile(16, 8, 1, 16)),
 }
-# Every tile of rows reads all weights: of more rows than a tile on each multiprocessor has, wider layers than this have
-# less to read one by one (M / 64 × d² against 2 M d numbers forward).
+# Every tile of rows reads all weights, so that of many rows wider layers than this have less to read one by one: 2 M d
+# numbers forward, against M / 64 × d². (Exact fp32 takes fewer rows at a time, but multiplies for longer.)
 STACK_ANY_ROWS_UP_TO, STACK_FEW_ROWS = 128, 4096
 # A run's backward sums dw itself where its partial sums move less than dz through memory to a product over rows would
 # (`python bench/stack_bytes.py`): in narrow layers, up to so many bytes of them.

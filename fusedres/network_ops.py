@@ -114,14 +114,19 @@ def _found(x: Tensor, codes: Sequence[int], numbers: Sequence[float]) -> tuple[N
     return spec, way_index(dispatch.cpu_way(dispatch.rows(x, spec.widths[0], False), spec.widths, x.dtype))
 
 
+def _goes_by_run(x: Tensor, spec: NetworkSpec) -> bool:
+    """What was traced on a GPU is runs; what comes from a CPU, or is called by hand, may be any network."""
+    return x.numel() > 0 and spec.is_run and run_launch.tiles(x, spec) is not None
+
+
 @torch.library.impl(_LIBRARY, "residual_network", "CUDA")
 @torch.library.impl(_LIBRARY, "residual_network", "CPU")
 def _residual_network(
     x: Tensor, parameters: Sequence[Tensor], seeds: Tensor | None, codes: Sequence[int], numbers: Sequence[float]
 ) -> Tensor:
-    if isinstance(dispatch.backend(x.device, x.dtype), dispatch.Triton):  # which is given runs alone
+    if isinstance(dispatch.backend(x.device, x.dtype), dispatch.Triton):
         spec = plan.decoded(tuple(codes), tuple(numbers))
-        if run_launch.tiles(x, spec) is None:  # no longer, with other products in float32 than it was compiled for
+        if not _goes_by_run(x, spec):
             return reference.network(x, parameters, spec, seeds)
         return run_launch.forward(spec, parameters, x, seeds, None)[0]
     spec, way = _found(x, codes, numbers)
@@ -150,7 +155,7 @@ def _residual_network_backward(
 ) -> list[Tensor]:
     if isinstance(dispatch.backend(x.device, x.dtype), dispatch.Triton):
         spec = plan.decoded(tuple(codes), tuple(numbers))
-        if run_launch.tiles(x, spec) is None:
+        if not _goes_by_run(x, spec):
             return list(reference.network_gradients(g, x, parameters, spec, seeds, wanted))
         _, kept = run_launch.forward(spec, parameters, x, seeds, 1)
         gradients = run_launch.backward(g, spec, parameters, x, kept, seeds, 1, wanted)

@@ -72,14 +72,20 @@ def stays_in(dtype: torch.dtype, x: Tensor, segment: Segment, tensors: Sequence[
     if x.dtype != dtype or layer.slots.branch_scale < 0:
         return x.dtype == dtype
     a = tensors[segment.slots[layer.slots.branch_scale]]
-    is_per_channel = a.numel() > tensors[segment.slots[layer.slots.weight]].shape[0]
+    is_per_channel = a.dim() == 2 or a.numel() > tensors[segment.slots[layer.slots.weight]].shape[0]
     return not is_per_channel or a.dtype == dtype
 
 
 def cast(tensors: list[Tensor], segment: Segment, dtype: torch.dtype) -> list[Tensor]:
-    """A run's tensors as autocast has them: what is multiplied and its bias, while scales keep their dtype."""
+    """A run's tensors as autocast has them: what is multiplied and its bias; scales keep theirs, up to float32."""
     slots = segment.run.layers[0].slots
-    return [t.to(dtype) if i in (slots.weight, slots.bias) else t for i, t in enumerate(tensors)]
+
+    def low(i: int, t: Tensor) -> Tensor:
+        if i in (slots.weight, slots.bias):
+            return t.to(dtype)
+        return t.float() if t.dtype == torch.float64 else t
+
+    return [low(i, t) for i, t in enumerate(tensors)]
 
 
 def residual_run(

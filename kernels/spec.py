@@ -115,12 +115,13 @@ class NetworkLayer(NamedTuple):
 class NetworkSpec:
     """The layers of a network in order. A value: equal layers, equal networks; its hash is computed once."""
 
-    __slots__ = ("_hash", "_plan", "layers", "widths")
+    __slots__ = ("_hash", "_is_run", "_plan", "layers", "widths")
 
     def __init__(self, layers: Sequence[NetworkLayer]) -> None:
         self.layers = tuple(layers)
         self.widths = (self.layers[0].K, *(layer.N for layer in self.layers))  # d₀, …, d_L
         self._hash: int | None = None
+        self._is_run: bool | None = None
         self._plan: Tensor | None = None  # kernels/cpu/plan.py makes it once
 
     def __hash__(self) -> int:
@@ -133,6 +134,20 @@ class NetworkSpec:
 
     def __reduce__(self) -> tuple:
         return NetworkSpec, (self.layers,)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is what `Run` describes, its parameters stacked."""
+        if self._is_run is None:
+
+            def kind(layer: NetworkLayer) -> tuple:
+                spec = layer.spec
+                return (layer.N, layer.K, layer.slots, spec.activation, spec.order, spec.skip)
+
+            first = self.layers[0]
+            alike = all(kind(layer) == kind(first) and layer.slice == i for i, layer in enumerate(self.layers))
+            self._is_run = alike and first.N == first.K and first.spec.skip != "projection"
+        return self._is_run
 
     def tensors(self, parameters: Sequence[Tensor]) -> list[Own]:
         """Every layer's own. A stack is taken apart once: L indexings would have L gradients of its size."""

@@ -175,7 +175,7 @@ MUTATIONS = {
         "kernels/triton/stack_backward.py", "mask=mask & is_later", "mask=mask & False", STACK
     ),
     "stack: sums begin with what was there": Mutation(
-        "kernels/triton/stack_backward.py", "tile >= programs, size", "tile >= 0, size", STACK
+        "kernels/triton/stack_backward.py", "tile >= programs, dz_size", "tile >= 0, dz_size", STACK
     ),
     "stack: kept one layer late": Mutation(
         "kernels/triton/stack.py", "layer % every == 0", "layer % every == 1", STACK
@@ -196,7 +196,10 @@ MUTATIONS = {
         STACK,
     ),
     "stack: dz of the wrong layer from memory": Mutation(
-        "kernels/triton/stack_backward.py", "dz_l, w_l = dz_ptr + layer * size", "dz_l, w_l = dz_ptr", STACK
+        "kernels/triton/stack_backward.py",
+        "product_from_memory(dz_ptr, WIDTH",
+        "product_from_memory(dz_ptr - layer * dz_size, WIDTH",
+        STACK,
     ),
     "stack: from memory, what is not kept is not filled": Mutation(
         "kernels/triton/stack_backward.py", "(not reads_memory and (", "(True and (", STACK

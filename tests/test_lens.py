@@ -38,7 +38,7 @@ def test_a_tile_too_large_for_the_registers_is_found():
 def test_a_tile_too_large_for_shared_memory_is_found():
     run = lens("--arch", "sm_80", "--tile", "128,128,64,8,7", "--kernel", "dx", "--mode", "bf16", "--aligned")
     assert run.returncode == 1
-    assert "bytes of shared memory, has 166912" in run.stdout
+    assert "bytes of shared memory, has 101376" in run.stdout
 
 
 def test_more_registers_than_there_are_is_a_fault():

@@ -71,7 +71,8 @@ def test_codes_say_all_of_a_plan():
 def test_equal_layers_pass_as_one():
     codes, numbers = plan.encoded(Network(torch.zeros(1000, 4, 4), skip_scale=0.5).spec)
     assert (codes[0], codes[-1], len(codes), numbers) == (4, 1000, plan.CODES, [0.5, 1.0, 0.0])
-    assert len(plan.encoded(Network([torch.zeros(4, 4)] * 3).spec)[0]) == 3 * plan.CODES  # of one tensor, not of a stack
+    of_one_tensor = Network([torch.zeros(4, 4)] * 3).spec
+    assert len(plan.encoded(of_one_tensor)[0]) == 3 * plan.CODES
     unlike = Network(torch.zeros(4, 4, 4), branch_scale=[[1.0, 1.0, 2.0, 2.0]], last_activation="none").spec
     assert [layer.slice for layer in plan.decoded(*map(tuple, plan.encoded(unlike))).layers] == [0, 1, 2, 3]
     assert plan.encoded(unlike)[0][plan.CODES - 1 :: plan.CODES] == [2, 1, 1]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from laplacian import laplacian
-from networks import SINGLE
+from networks import NETWORKS, SINGLE, operator_arguments
 from stacks import gradients, twins
 from torch import nn
 from torch.testing import assert_close
 
 import fusedres
-from fusedres import FusedResidualStack, Network, dispatch, run_launch
+from fusedres import FusedResidualStack, Network, dispatch, reference, run_launch
 from fusedres.run_ops import segments
 
 pytestmark = pytest.mark.backends("triton")
@@ -197,3 +197,32 @@ def test_what_changes_is_seen(device):
     if device == "cpu":  # eager has no float16 on a CPU worth the name
         stack.half()
         assert stack(x.half()).dtype == torch.float16
+
+
+def test_scales_in_float64_under_autocast(device, launches):
+    """Kernels compute scales in float32, and gradients come back in float64."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    stack, _ = twins([5, 6, 6, 6], {"learn_branch_scale": "scalar", "learn_skip_scale": True}, device)
+    stack.double()
+    with torch.autocast(device, dtype):
+        y = stack(torch.randn(9, 5, device=device))
+    y.float().sum().backward()
+    assert launches == [("forward", 2), ("backward", 2)]
+    assert {p.grad.dtype for p in stack.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("name", ["medium", "projections", "stacked", "linear-head"])
+def test_an_operator_of_any_network(name, device):
+    """As one traced on a CPU, where it need not be a run, and called on a GPU."""
+    case = NETWORKS[name]
+    network = case.network(case.tensors())
+    x, parameters, seeds, *encoded = operator_arguments(case)
+    assert network.spec.is_run == (name == "stacked")
+    x, parameters = x.to(device), [p.to(device) for p in parameters]
+    y = torch.ops.fusedres.residual_network(x, parameters, seeds, *encoded)
+    assert_close(y, reference.network(x, parameters, network.spec, seeds), **SINGLE)
+    g, wanted = torch.randn_like(y), [True] * (1 + len(parameters))
+    found = torch.ops.fusedres.residual_network_backward(g, x, parameters, seeds, *encoded, wanted)
+    expected = reference.network_gradients(g, x, parameters, network.spec, seeds, wanted)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * max(1.0, theirs.abs().max().item()))

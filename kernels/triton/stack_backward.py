@@ -8,7 +8,8 @@
 A program goes through tiles of rows, each from the last layer down to the first, with g in fp32 registers; every h is
 read once. Between kept h's it first climbs again, into scratch memory of its own [every, BLOCK_M, d] in x's type.
 
-Where products take their operands from memory (stack.py), every h is kept, at least for a segment, and dz written.
+Where products take their operands from memory (stack.py), every h is kept, at least for a segment, and read twice;
+dz is written, all of them for dw, else each over the one before.
 
 Sums are each program's own, fp32 [programs, L, …], added to in the order of its tiles, and by torch in the order of
 programs. dw has two forms: summed like the others (dw_ptr), or a library's product over rows, of dz [L, M, d] (dz_ptr).
@@ -51,7 +52,7 @@ def _backward_kernel(
     lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
     M, L, every, programs, d,
     ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, HAS_SKIP: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
-    PRECISION: tl.constexpr, NEEDS_Z: tl.constexpr,
+    PRECISION: tl.constexpr, NEEDS_Z: tl.constexpr, HAS_EVERY_DZ: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -59,6 +60,7 @@ def _backward_kernel(
     n = tl.arange(0, BLOCK_D).to(tl.int64)
     in_n = n < WIDTH
     size = tl.cast(M, tl.int64) * WIDTH
+    dz_size = size if HAS_EVERY_DZ else 0
     if scratch_ptr is not None:
         scratch_ptr += program * tl.cast(every, tl.int64) * (BLOCK_M * WIDTH)
 
@@ -96,7 +98,7 @@ def _backward_kernel(
                     g, h, h_ptr, stride_hm, d, layer, m, n, in_m, in_n, w_ptr, b_ptr,
                     lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
                     dz_ptr, dw_ptr, db_ptr, da_ptr, dlam_ptr,
-                    tl.cast(program, tl.int64) * L + layer, tile >= programs, size,
+                    tl.cast(program, tl.int64) * L + layer, tile >= programs, dz_size,
                     ACTIVATION, IS_POST, HAS_SKIP, IS_PER_CHANNEL, PRECISION, NEEDS_Z, WIDTH, BLOCK_K,
                 )  # fmt: skip
             if scratch_ptr is not None:
@@ -110,7 +112,7 @@ def _backward_kernel(
 def descend(
     g, h, h_ptr, stride_hm, d, layer, m, n, in_m, in_n, w_ptr, b_ptr,
     lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
-    dz_ptr, dw_ptr, db_ptr, da_ptr, dlam_ptr, row, is_later, size,
+    dz_ptr, dw_ptr, db_ptr, da_ptr, dlam_ptr, row, is_later, dz_size,
     ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, HAS_SKIP: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
     PRECISION: tl.constexpr, NEEDS_Z: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -156,9 +158,12 @@ def descend(
         add_sum(db_ptr, row, n, in_n, dz, is_later, WIDTH)
     dz_operand = dz.to(h.dtype)
     if dz_ptr is not None:
-        store(dz_ptr + layer * size, WIDTH, m, n, in_m, in_n, dz_operand)
-    if BLOCK_K > 0:
-        tl.debug_barrier()
+        dz_ptr += layer * dz_size
+        if BLOCK_K > 0:
+            tl.debug_barrier()  # all have read what was there
+        store(dz_ptr, WIDTH, m, n, in_m, in_n, dz_operand)
+        if BLOCK_K > 0:
+            tl.debug_barrier()  # all of dz is there
 
     # products: dw, and what goes on down
     for _ in range(turns):
@@ -167,8 +172,8 @@ def descend(
             own = dw_ptr + row * (WIDTH * WIDTH) + n[:, None] * WIDTH + n[None, :]
             add(own, dw, in_n[:, None] & in_n[None, :], is_later if seed_ptr is None else True)
         if BLOCK_K > 0:
-            dz_l, w_l = dz_ptr + layer * size, at_layer(w_ptr, layer, WIDTH)
-            ds += product_from_memory(dz_l, WIDTH, w_l, 1, WIDTH, m, n, in_m, in_n, d, BLOCK_K, PRECISION)
+            w_l = at_layer(w_ptr, layer, WIDTH)
+            ds += product_from_memory(dz_ptr, WIDTH, w_l, 1, WIDTH, m, n, in_m, in_n, d, BLOCK_K, PRECISION)
         else:
             if PRECISION == "ieee" and h.dtype == tl.float32 and h.shape[1] >= 64:
                 w = weight(w_ptr, layer, n, in_n, WIDTH)  # again: kept so long, exact fp32 spills 120 bytes on sm_90
@@ -257,7 +262,7 @@ def _descend(
 
     dx = x.new_empty(M, d, dtype=dtype) if wanted.x else None
     multiplies_dz = wanted.weight and not sums_weight
-    dz = x.new_empty(L, M, d) if multiplies_dz or tile.BLOCK_K > 0 else None
+    dz = x.new_empty(L if multiplies_dz else 1, M, d) if multiplies_dz or tile.BLOCK_K > 0 else None
     scratch = x.new_empty(programs, every, tile.BLOCK_M, d) if every > 1 else None
     names = [name for name in ("bias", "branch_scale", "skip_scale") if getattr(wanted, name)]
     into = {name: x.new_empty(programs, L, d, dtype=torch.float32) for name in names}
@@ -270,6 +275,7 @@ def _descend(
         g, g.stride(0), kept, scratch, x, x.stride(0), *parameters(run),
         M, L, every if every > 1 else L, programs, d,
         **options(run), PRECISION=precision, NEEDS_Z=run.activation != "none" or wanted.branch_scale,
+        HAS_EVERY_DZ=multiplies_dz,
         WIDTH=d, BLOCK_M=tile.BLOCK_M, BLOCK_D=padded(d), BLOCK_K=tile.BLOCK_K,
         num_warps=tile.warps, num_stages=tile.stages, **ALL_REGISTERS,
     )  # fmt: skip
