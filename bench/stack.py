@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fusedres import FusedResidualStack, warmup
 from fusedres.reference import ResidualStack
 
-WIDTHS, DEPTHS, ROWS = (64, 128, 32, 16), (16, 4, 64, 1000), (65536, 4096, 256, 1, 1 << 20)
+WIDTHS, DEPTHS, ROWS = (64, 128, 32, 16, 256), (16, 4, 64, 1000), (65536, 4096, 256, 1, 1 << 20)
 COMPILED = {"compile": "default", "compile-graphs": "reduce-overhead"}
 FEW_ROWS = 4096  # up to which launches cost more than work, and graphs are tried
 MOST_COMPILED = 64  # layers, beyond which a compilation takes minutes

@@ -253,6 +253,15 @@ MUTATIONS = {
     "C++: gradients of a dropped layer unwritten": Mutation(
         "kernels/cpu/tensors.h", "clear_gradients(layer);", ";", "test_stack.py -k drops"
     ),
+    "C++: a dropped layer's weights multiplied forward": Mutation(
+        "kernels/cpu/dots.h",
+        "if (layer.is_dropped)\n                std",
+        "if (false)\n                std",
+        "test_stack.py -k drop",
+    ),
+    "C++: a dropped layer's weights multiplied backward": Mutation(
+        "kernels/cpu/layers.h", "end, layer.is_dropped", "end, false", "test_stack.py -k drop"
+    ),
     "stack: draws projections before layers": Mutation(
         "fusedres/stack/module.py",
         "        self.layers = StackLayers()\n",

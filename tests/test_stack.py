@@ -7,13 +7,16 @@ import time
 
 import pytest
 import torch
-from networks import SINGLE, is_one_node
+from networks import SINGLE, Case, is_one_node
 from stacks import SIZES_A, every_stack, gradients, kind_of, twins
 from tolerances import SINGLE_SUM, rule_for
 from torch import nn
 from torch.testing import assert_close
 
 import fusedres
+from fusedres import reference
+from fusedres.kernels.cpu import launch
+from fusedres.kernels.spec import WAYS, NetworkSpec
 
 pytestmark = pytest.mark.backends("triton", "cpu")
 
@@ -136,10 +139,44 @@ def test_a_stack_all_of_whose_layers_are_dropped(backend):
     assert all((p.grad == 0).all() for p in fused.parameters())
 
 
+SKIPS = {
+    "scaled": {"skip_scale": 0.5},
+    "post": {"order": "post"},
+    "projection": {"projections": True, "sizes": (20, 20, 24, 24)},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("skip", SKIPS)
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-def test_a_layer_that_the_whole_batch_drops_is_not_computed(backend):
+def test_a_dropped_layer_reads_no_weight(skip, way, backend):
+    """In every way to cut the work, in backward at least: with weights that are NaN it gives the same bits."""
+    case = Case(**{"sizes": (20, 20, 20, 20), "leading": (5,), "drop_path": 1 - 2**-20} | SKIPS[skip])
+    tensors = {name: t.detach() for name, t in case.tensors().items()}
+    network, seeds = case.network(tensors), torch.tensor([3, 4, 5])
+    spec = NetworkSpec(
+        [
+            layer._replace(spec=layer.spec._replace(drop_path=layer.spec.drop_path if i == 1 else 0.0))
+            for i, layer in enumerate(network.spec.layers)
+        ]
+    )
+    x, whole = tensors["x"], list(network._tensors)
+    broken = [t * float("nan") if t is network._tensors[spec.layers[1].slots.weight] else t for t in whole]
+    wanted, found = [True] * (1 + len(whole)), []
+    for parameters in (whole, broken):
+        y = launch.network_forward(spec, parameters, x, seeds, WAYS.index(way))
+        found.append((y, *launch.network_backward(y, spec, parameters, x, seeds, WAYS.index(way), wanted)))
+    assert all(torch.equal(*pair) and pair[0].isfinite().all() for pair in zip(*found, strict=True))
+    assert_close(found[0][0], reference.network(x, whole, spec, seeds), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(found[0][1:], reference.network_gradients(y, x, whole, spec, seeds, wanted), strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * max(1.0, theirs.abs().max().item()))
+
+
+@pytest.mark.parametrize("skip_scale", [1.0, 0.5])
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_a_layer_that_the_whole_batch_drops_is_not_computed(skip_scale, backend):
     def seconds(drop_path):
-        stack, _ = twins([256] * 201, {"drop_path": drop_path})
+        stack, _ = twins([256] * 201, {"drop_path": drop_path, "skip_scale": skip_scale})
         x = torch.randn(1, 256)
         times = []
         for _ in range(7):

@@ -123,10 +123,14 @@ void weight_gradient(bool has_brgemm, int64_t N, int64_t K, const Rows &rows, co
     product<T>(true, N, K, R, memory.turned, R, IN_PAIRS<T> ? memory.pairs : h, IN_PAIRS<T> ? K : ldh, dweight, K, add);
 }
 
-// Columns [begin, end) of dh [rows, K] (+)= dz W, W in blocks of COLUMNS, or as it lies
+// Columns [begin, end) of dh [rows, K] (+)= dz W, W in blocks of COLUMNS, or as it lies; is_zero: dz is 0
 template <class T>
 void input_gradient(bool has_brgemm, const Layer &layer, const Rows &rows, const T *dz, int64_t lddz, const T *weight,
-                    Compute<T> *dh, bool add, int64_t begin, int64_t end) {
+                    Compute<T> *dh, bool add, int64_t begin, int64_t end, bool is_zero = false) {
+    if (is_zero) {
+        for (int64_t r = 0; !add && r < rows.padded; r++) std::fill(dh + r * layer.K + begin, dh + r * layer.K + end, Compute<T>(0));
+        return;
+    }
     const bool is_packed = ReadyLayers<T>::packs_back(layer);
     for (int64_t k = begin; k < end; k += COLUMNS) {
         const int64_t width = std::min(COLUMNS, end - k);
@@ -171,7 +175,8 @@ void backward_block(const Call &call, const ReadyLayers<T> &ready, const KeptLay
         if (wants_dh) {
             const bool adds_skip = layer.skip == Skip::identity;
             if (adds_skip) std::fill(panel.dh + rows.count * K, panel.dh + rows.padded * K, C(0));
-            input_gradient<T>(call.has_brgemm, layer, rows, panel.dz, ld, ready[l].weight_back, panel.dh, adds_skip, 0, K);
+            input_gradient<T>(call.has_brgemm, layer, rows, panel.dz, ld, ready[l].weight_back, panel.dh, adds_skip, 0, K,
+                              layer.is_dropped);
             if (layer.skip == Skip::projection)
                 input_gradient<T>(call.has_brgemm, layer, rows, panel.ds, ld, ready[l].projection_back, panel.dh, true, 0, K);
         }

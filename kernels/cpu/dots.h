@@ -257,7 +257,10 @@ void forward_dots(const Call &call, T *y, T *kept) {
                 dots<T>(M, K, static_cast<const T *>(layer.projection), given, ldgiven, z, N, begin, end);
                 write_projected_skip(ready, M, panel, begin, end, z + begin, N);
             }
-            dots<T>(M, K, static_cast<const T *>(layer.weight), given, ldgiven, z, N, begin, end);
+            if (layer.is_dropped)
+                std::fill(z, z + M * N, C(0));
+            else
+                dots<T>(M, K, static_cast<const T *>(layer.weight), given, ldgiven, z, N, begin, end);
             finish_panel(ready, Rows{0, M, M, call.first_row}, panel, begin, end - begin, z + begin, N);
             h = panel.y, ldh = panel.ldy;
             team.wait();
@@ -331,7 +334,8 @@ void backward_dots(const Call &call, const T *g, int64_t ldg, const T *kept, T *
                 for (int64_t m = 0; m < M; m++)
                     for (int64_t k = begin; k < end; k++)
                         next[m * K + k] = layer.skip == Skip::identity ? dh[m * K + k] : C(0);
-                rows_of_weight<T>(M, N, K, dz, N, static_cast<const T *>(layer.weight), next, begin, end);
+                if (!layer.is_dropped)
+                    rows_of_weight<T>(M, N, K, dz, N, static_cast<const T *>(layer.weight), next, begin, end);
                 if (layer.skip == Skip::projection)
                     rows_of_weight<T>(M, N, K, ds, N, static_cast<const T *>(layer.projection), next, begin, end);
                 if (l == 0)

@@ -278,7 +278,10 @@ C *forward_lanes_block(const Call &call, Lanes R, const LaneLayer<C> *parameters
         y = kept && l + 1 < call.depth ? slot((*layout)[l + 1].input) : memory.h[l % 2];
         C *slope = kept ? slot((*layout)[l].slope) : nullptr;
 
-        lanes_product<C>(R, layer.N, layer.K, given.weight, layer.K, 1, given.bias, h, memory.z, false);
+        if (layer.is_dropped)
+            std::fill(memory.z, memory.z + layer.N * R, C(0));
+        else
+            lanes_product<C>(R, layer.N, layer.K, given.weight, layer.K, 1, given.bias, h, memory.z, false);
         const C *s = memory.none;
         if (layer.skip == Skip::identity) s = h;
         if (layer.skip == Skip::residual) s = memory.skip;

@@ -175,7 +175,10 @@ C *backward_lanes_block(const Call &call, Lanes R, const LaneLayer<C> *parameter
             store(sums.at(at.dskip), load(sums.at(at.dskip)) + total);
         }
 
-        if (wants_dh) lanes_product<C>(R, K, N, given.weight, 1, K, nullptr, dz, dh, is_identity);
+        if (wants_dh && !layer.is_dropped)
+            lanes_product<C>(R, K, N, given.weight, 1, K, nullptr, dz, dh, is_identity);
+        else if (wants_dh && !is_identity)
+            std::fill(dh, dh + K * R, C(0));
         if (layer.skip == Skip::projection || layer.skip == Skip::residual)
             for (int64_t i = 0; i < N * R; i++) g[i] *= lambda;  // ds
         if (layer.skip == Skip::residual && dresidual) std::copy(g, g + N * R, dresidual);

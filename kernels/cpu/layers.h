@@ -230,7 +230,7 @@ void backward_layers_rows(const Call &call, const T *g, int64_t ldg, const T *ke
                     const int64_t r = rows.first, begin = grid.begin(piece), end = grid.end(piece);
                     C *to = next + r * K;
                     input_gradient<T>(call.has_brgemm, layer, rows, dz + r * ld, ld, ready[0].weight_back, to, is_identity,
-                                      begin, end);
+                                      begin, end, layer.is_dropped);
                     if (layer.skip == Skip::projection)
                         input_gradient<T>(call.has_brgemm, layer, rows, ds + r * ld, ld, ready[0].projection_back, to, true,
                                           begin, end);

@@ -31,6 +31,7 @@ struct Layer {
     double skip_scale;         // λ
     double branch_scale;       // a, where it is one number
     uint64_t drop_threshold;   // a row whose Philox word is below it loses its branch; 0: none does
+    bool is_dropped;           // every row loses its branch: neither z nor what it gives is computed
     double keep_scale;         // what the branch of a kept row is multiplied by, 1 / (1 - drop_path)
     uint64_t seed;
     const void *weight, *bias, *projection, *projection_bias;

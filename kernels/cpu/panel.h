@@ -89,7 +89,10 @@ void forward_panel(bool has_brgemm, const Ready<T> &ready, const Rows &rows, con
             multiply(ready.projection);
             write_projected_skip(ready, rows.count, panel, n, n + width, z, width);
         }
-        multiply(ready.weight);
+        if (layer.is_dropped)
+            std::fill(z, z + rows.padded * width, Compute<T>(0));
+        else
+            multiply(ready.weight);
         finish_panel(ready, rows, panel, n, width, z, width);
     }
 }

@@ -144,29 +144,32 @@ struct Network {
             layer.dbranch_scale = gradient(LEARNED_BRANCH_SCALE, layer.channel_scale ? layer.N : 1);
             layer.keeps_branch = is_required(LEARNED_BRANCH_SCALE);
             layer.keeps_skip = is_required(LEARNED_SKIP_SCALE);
+            layer.is_dropped = seed && drops_all(layer, M);
+            if (layer.is_dropped) clear_gradients(layer);
             const bool is_needed = depth == 0 && l + 1 == planned;  // there is to be one
-            if (is_needed || !seed || !is_passed_by(layer, M, slots[LEARNED_SKIP_SCALE] >= 0))
-                depth++;
-            else
-                clear_gradients(layer);
+            if (is_needed || !layer.is_dropped || !is_passed_by(layer, slots[LEARNED_SKIP_SCALE] >= 0)) depth++;
         }
     }
 
-    // Whether every row loses its branch, and what is left is the row as it came.
-    static bool is_passed_by(const Layer &layer, int64_t M, bool learns_skip_scale) {
-        if (!layer.drop_threshold || layer.skip != Skip::identity || layer.activates_sum()) return false;
-        if (learns_skip_scale || layer.skip_scale != 1) return false;
+    static bool drops_all(const Layer &layer, int64_t M) {
         for (int64_t row = 0; row < M; row++)
             if (is_kept(layer, row)) return false;
         return true;
     }
 
-    void clear_gradients(const Layer &layer) const {
+    // Whether what is left of a dropped layer is the row as it came.
+    static bool is_passed_by(const Layer &layer, bool learns_skip_scale) {
+        return layer.skip == Skip::identity && !layer.activates_sum() && !learns_skip_scale && layer.skip_scale == 1;
+    }
+
+    // Those of a dropped layer's branch, here and now; W's nobody else is to compute.
+    void clear_gradients(Layer &layer) const {
         auto clear = [&](void *to, int64_t count) {
             if (to) std::memset(to, 0, size_t(count) * size_t(c10::elementSize(dtype)));
         };
         clear(layer.dweight, layer.N * layer.K), clear(layer.dbias, layer.N);
         clear(layer.dbranch_scale, layer.channel_scale ? layer.N : 1);
+        layer.dweight = nullptr;
     }
 
     at::ScalarType dtype;
