@@ -319,7 +319,7 @@ def stack_tiles(d: int, dtype: torch.dtype, precision: str, target: str, is_skin
     width = max(16, 1 << (d - 1).bit_length())
     if (kind, width) not in _STACKS:
         return None
-    if target == "hip" and width * dtype.itemsize > 128:
+    if target == "hip" and width * dtype.itemsize > 128:  # whose weights spill there
         tile = StackTile(16, 8, 1, 64 // dtype.itemsize)
         return StackTiles(tile, tile)
     # a width that is no multiple of 16 loads element by element, with an address each
@@ -336,7 +336,7 @@ def stack_tiles(d: int, dtype: torch.dtype, precision: str, target: str, is_skin
 
 
 def stack_pays(rows: int, d: int) -> bool:
-    """Whether a run of layers of width d that has tiles moves less than its layers one by one, with other bits."""
+    """Whether a run of width d that has tiles is to be one: wide ones, for few rows, unless all batches share bits."""
     return d <= STACK_ANY_ROWS_UP_TO or (not is_batch_invariant() and rows <= STACK_FEW_ROWS)
 
 

@@ -36,13 +36,8 @@ class Segment(NamedTuple):
 def segments(spec: NetworkSpec) -> list[Segment]:
     """A network's layers, those together that a run's kernel computes alike from stacked parameters."""
 
-    def kind(i: int) -> tuple:
-        layer = spec.layers[i]
-        is_alike = layer.slice >= 0 and layer.N == layer.K
-        return (layer.slots, layer.spec.activation, layer.spec.order, layer.spec.skip) if is_alike else (i,)
-
     found = []
-    for _, group in groupby(range(len(spec.layers)), kind):
+    for _, group in groupby(range(len(spec.layers)), lambda i: spec.layers[i].run_kind or i):
         layers = list(group)
         if len(layers) == 1:
             found.append(Segment(layers[0], layers[0] + 1))
@@ -68,12 +63,12 @@ def own_tensors(segment: Segment, spec: NetworkSpec, tensors: Sequence[Tensor]) 
 
 def stays_in(dtype: torch.dtype, x: Tensor, segment: Segment, tensors: Sequence[Tensor]) -> bool:
     """Whether autocast to a dtype leaves a run's rows in it: sums promote where x, or a scale per channel, is wider."""
-    layer = segment.run.layers[0]
-    if x.dtype != dtype or layer.slots.branch_scale < 0:
+    slots = segment.run.layers[0].slots
+    if slots.branch_scale < 0:
         return x.dtype == dtype
-    a = tensors[segment.slots[layer.slots.branch_scale]]
-    is_per_channel = a.dim() == 2 or a.numel() > tensors[segment.slots[layer.slots.weight]].shape[0]
-    return not is_per_channel or a.dtype == dtype
+    a, weight = tensors[segment.slots[slots.branch_scale]], tensors[segment.slots[slots.weight]]
+    is_per_channel = a.dim() == 2 or a.numel() > weight.shape[0]
+    return x.dtype == dtype and (a.dtype == dtype or not is_per_channel)
 
 
 def cast(tensors: list[Tensor], segment: Segment, dtype: torch.dtype) -> list[Tensor]:

@@ -107,6 +107,13 @@ class NetworkLayer(NamedTuple):
     slots: Slots
     slice: int = -1  # which slice of its tensors is this layer's, where they are stacked
 
+    @property
+    def run_kind(self) -> tuple | None:
+        """What the layers of a run share, one after another; None where this can be in none."""
+        if self.slice < 0 or self.N != self.K or self.spec.skip == "projection":
+            return None
+        return (self.slots, self.spec.activation, self.spec.order, self.spec.skip)
+
     def operands(self, x: Tensor, own: Own, seed: Tensor | None = None) -> Operands:
         weight, bias, projection_weight, projection_bias, skip_scale, branch_scale = own
         return Operands(x, weight, bias, None, projection_weight, projection_bias, skip_scale, branch_scale, seed)
@@ -139,14 +146,9 @@ class NetworkSpec:
     def is_run(self) -> bool:
         """Whether it is what `Run` describes, its parameters stacked."""
         if self._is_run is None:
-
-            def kind(layer: NetworkLayer) -> tuple:
-                spec = layer.spec
-                return (layer.N, layer.K, layer.slots, spec.activation, spec.order, spec.skip)
-
-            first = self.layers[0]
-            alike = all(kind(layer) == kind(first) and layer.slice == i for i, layer in enumerate(self.layers))
-            self._is_run = alike and first.N == first.K and first.spec.skip != "projection"
+            kind = self.layers[0].run_kind
+            alike = all(layer.run_kind == kind and layer.slice == i for i, layer in enumerate(self.layers))
+            self._is_run = kind is not None and alike
         return self._is_run
 
     def tensors(self, parameters: Sequence[Tensor]) -> list[Own]:

@@ -119,7 +119,10 @@ def product(
     h, w, h_ptr, stride_hm, d, w_ptr, b_ptr, layer, m, n, in_m, in_n,
     PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """z_l in fp32, 0 in its padding: of h and w, or of h_l and w_l from memory."""
+    """z_l in fp32, 0 in its padding: of h and w, or of h_l and w_l from memory.
+
+    d is WIDTH, known at run time alone: a loop of a known length is unrolled in full, and spills.
+    """
     if BLOCK_K > 0:
         w_l = at_layer(w_ptr, layer, WIDTH)
         z = product_from_memory(h_ptr, stride_hm, w_l, WIDTH, 1, m, n, in_m, in_n, d, BLOCK_K, PRECISION)
