@@ -9,12 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres import dispatch
-from fusedres.kernels.config import StackTile, Tile, Tiles
-from fusedres.kernels.spec import LayerSpec, Operands, Run, Wanted
+from fusedres import dispatch, residual_dispatch
+from fusedres.kernels.config import StackTile, SumTile, Tile, Tiles
+from fusedres.kernels.spec import PER, LayerSpec, Operands, Run, View, Wanted
 
 KERNELS = Tiles._fields  # forward, dz, dx
 STACK_KERNELS = ("stack_forward", "stack_backward")
+SUM_KERNELS = ("sum_forward", "sum_backward")
+SUM_LENGTHS = (4, 64, 4096)  # of a row of the sum's memory: narrow tiles, middling ones, and lines
 STACK_WIDTHS = (16, 32, 64, 128, 256)  # that others are padded to
 SIZES = sorted({2**p + more for p in range(14) for more in (0, 1)})  # both sides of every power of two up to 8192
 ROWS = (1, dispatch.SKINNY, dispatch.SKINNY + 1, 65536)
@@ -68,8 +70,41 @@ class StackConfiguration(NamedTuple):
         return f"{self.kernel}-{self.mode}-{self.d}{form}-{name(self.tile)}"
 
 
-def name(tile: Tile | StackTile) -> str:
+class SumConfiguration(NamedTuple):
+    """A kernel of a residual block's sum, and the tile that dispatch gives it in this mode for rows of this length."""
+
+    kernel: str
+    mode: str
+    per: str
+    length: int
+    is_ragged: bool  # a length that Triton does not specialise for
+
+    @property
+    def view(self) -> View:
+        """Of 1024 rows, in samples of two."""
+        N = self.length + self.is_ragged
+        if self.per == "column":
+            return View(512, 2 * N, 512, N, PER.index("column"))
+        return View(1024, N, 512, 8 if self.per == "stretch" else 1, PER.index(self.per))
+
+    @property
+    def tile(self) -> SumTile:
+        return residual_dispatch.tile(self.view, MODES[self.mode].dtype.itemsize)
+
+    def __str__(self) -> str:
+        return f"{self.kernel}-{self.mode}-per-{self.per}-{self.length + self.is_ragged}-{name(self.tile)}"
+
+
+def shipped_sums() -> list[SumConfiguration]:
+    """The sum's kernels on tiles of every form; fp16 compiles to what bf16 does."""
+    rows = product(SUM_KERNELS, ("fp32", "bf16"), PER, SUM_LENGTHS, (False, True))
+    return [SumConfiguration(*row) for row in rows]
+
+
+def name(tile: Tile | StackTile | SumTile) -> str:
     """128x64x32-w4-s3: the block, its warps, its stages. Of a run 64, or 64xdx32 where its products are from memory."""
+    if isinstance(tile, SumTile):
+        return f"{tile.BLOCK_M}x{tile.BLOCK_N}-w{tile.warps}"
     if isinstance(tile, StackTile):
         block = f"{tile.BLOCK_M}xdx{tile.BLOCK_K}" if tile.BLOCK_K else f"{tile.BLOCK_M}"
     else:

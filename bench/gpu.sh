@@ -47,6 +47,7 @@ if [ "${FUSEDRES_DRY:-0}" = 1 ]; then
     stage layer 120 run.log "$PYTHON" bench/layer.py --device cpu --rows 64 --widths 16 --out "$OUT/layer.json"
     stage stack 120 run.log "$PYTHON" bench/stack.py --device cpu --rows 64 --widths 16 --depths 4 --out "$OUT/stack.json"
     stage overhead 120 run.log "$PYTHON" bench/overhead.py --device cpu --runs 5 --json "$OUT/overhead.json"
+    stage recording 60 run.log "$PYTHON" bench/recording.py --rows 16 --budget-s 1 --json "$OUT/recording.json"
 else
     stage versions 20 versions.txt "$PYTHON" bench/timing.py
     # every option is a kernel of its own to compile; what is slow needs no GPU
@@ -63,5 +64,6 @@ else
     TAIL=60 stage stack 150 run.log "$PYTHON" bench/stack.py --budget-s 125 --out "$OUT/stack.json"
     TAIL=24 stage layer 80 run.log "$PYTHON" bench/layer.py --budget-s 60 --out "$OUT/layer.json"
     TAIL=24 stage overhead 25 run.log "$PYTHON" bench/overhead.py --runs 100 --json "$OUT/overhead.json"
+    stage recording 20 run.log "$PYTHON" bench/recording.py --device cuda --budget-s 3 --json "$OUT/recording.json"
 fi
 cat "$OUT/summary.json"

@@ -38,22 +38,26 @@ from configurations import (
     KERNELS,
     MODES,
     STACK_KERNELS,
+    SUM_KERNELS,
     Configuration,
     Layer,
     Stack,
     StackConfiguration,
+    SumConfiguration,
     everything,
     largest,
     name,
     shipped,
     shipped_stacks,
+    shipped_sums,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedres.kernels.config import StackTiles, Tile, Tiles
-from fusedres.kernels.spec import LayerSpec
-from fusedres.kernels.triton import layer, layer_backward, stack, stack_backward
+from fusedres.kernels.record import Recording
+from fusedres.kernels.spec import LayerSpec, Terms, WantedTerms
+from fusedres.kernels.triton import layer, layer_backward, residual, stack, stack_backward
 
 
 class Arch(NamedTuple):
@@ -75,13 +79,14 @@ ALIGNED, RAGGED = 1024, 1003  # widths: multiples of 16, which kernels are speci
 # by what they are: one product and a skip; everything that a kernel can do at once, backward recomputing z
 PLAIN, HEAVY = "plain", "heavy"
 SCALED = "scaled"  # of runs: all but dropped rows, whose loops the compiler does not pipeline
+RECORDED = "recorded"  # backward, plain but for what it records of the gradient; slower where it spills, and no fault
 
 
 class Job(NamedTuple):
     """One kernel to compile."""
 
     arch: str
-    configuration: Configuration | StackConfiguration
+    configuration: Configuration | StackConfiguration | SumConfiguration
     activation: str = "gelu"
     load: str = HEAVY
 
@@ -141,6 +146,8 @@ def jobs(arch: str, configurations: list[Configuration], is_quick: bool) -> Iter
         if is_largest or (arch == "sm_90" and not is_quick):
             plain = c._replace(has_projection=False)
             yield Job(arch, plain if plain in configurations else c, load=PLAIN)
+        if kernel == "dx" and is_largest and mode != "fp16":
+            yield Job(arch, c, load=RECORDED)
         if is_largest and kernel != "dx" and mode != "fp16":
             yield from (Job(arch, c, activation) for activation in ("gelu_tanh", "sin"))
 
@@ -157,6 +164,8 @@ def stack_jobs(arch: str, configurations: list[StackConfiguration], is_quick: bo
         if c.is_ragged:
             continue
         yield Job(arch, c, load=HEAVY)
+        if c.kernel == "stack_backward":
+            yield Job(arch, c, load=RECORDED)
         if arch == "sm_90" and not is_quick:
             yield Job(arch, c, load=PLAIN)
             yield from (Job(arch, c, activation, SCALED) for activation in ("gelu_tanh", "sin"))
@@ -173,11 +182,14 @@ def compile_job(job: Job) -> tuple[Job, Finding]:
     dtype, precision = MODES[c.mode]
     try:
         with contextlib.redirect_stdout(io.StringIO()) as log:
-            if isinstance(c, StackConfiguration):
+            if isinstance(c, SumConfiguration):
+                found = sum_launches(c, dtype)
+            elif isinstance(c, StackConfiguration):
                 found = stack_launches(job, dtype, precision)
             else:
-                width, keeps = (RAGGED if c.is_ragged else ALIGNED), job.load == PLAIN
-                found = launches(_layer(job), dtype, precision, c.tile, width, keeps)
+                width, keeps = (RAGGED if c.is_ragged else ALIGNED), job.load != HEAVY
+                recording = _recording() if job.load == RECORDED else None
+                found = launches(_layer(job), dtype, precision, c.tile, width, keeps, recording)
             built = compiled(found[c.kernel], ARCHES[job.arch], c.is_ragged)
     except Exception as error:
         return job, Finding(error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
@@ -219,7 +231,13 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", t
 
 
 def launches(
-    subject: Layer, dtype: torch.dtype, precision: str, tile: Tile, width: int, keeps: bool
+    subject: Layer,
+    dtype: torch.dtype,
+    precision: str,
+    tile: Tile,
+    width: int,
+    keeps: bool,
+    recording: Recording | None = None,
 ) -> dict[str, Launch]:
     """The launches of a layer [4096, width] -> [4096, width], by kernel, caught on their way to a GPU."""
     caught: dict[str, Launch] = {}
@@ -236,8 +254,17 @@ def launches(
         y, z, s = layer.forward(operands, spec, dtype, tile, precision, True, spec.skip == "projection")
         z, s = (z, s) if keeps else (None, None)
         wanted = everything(operands)
-        layer_backward.backward(y, operands, z, s, spec, wanted, Tiles(tile, tile, tile), precision)
+        layer_backward.backward(y, operands, z, s, spec, wanted, Tiles(tile, tile, tile), precision, recording)
     return caught
+
+
+def _faults(job: Job, finding: Finding) -> str:
+    """Spills are none while recording: its tiles are those of the kernel that does not, so that bits are the same."""
+    return (finding._replace(spilled=0) if job.load == RECORDED else finding).faults(job.arch)
+
+
+def _recording() -> Recording:
+    return Recording(torch.empty(1, device="meta"), lambda row, parts: None, 0)
 
 
 def stack_launches(job: Job, dtype: torch.dtype, precision: str) -> dict[str, Launch]:
@@ -246,7 +273,9 @@ def stack_launches(job: Job, dtype: torch.dtype, precision: str) -> dict[str, La
     c = job.configuration
     assert isinstance(c, StackConfiguration)
     subject = (
-        Stack(job.activation) if job.load == PLAIN else Stack(job.activation, "post", True, True, job.load == HEAVY)
+        Stack(job.activation)
+        if job.load in (PLAIN, RECORDED)
+        else Stack(job.activation, "post", True, True, job.load == HEAVY)
     )
 
     def make(_: str, *shape: int) -> torch.Tensor:
@@ -262,7 +291,28 @@ def stack_launches(job: Job, dtype: torch.dtype, precision: str) -> dict[str, La
     ):
         y, kept = stack.forward(x, run, c.tile, precision, keep_every)
         tiles = StackTiles(c.tile, c.tile)
-        stack_backward.backward(y, x, kept, run, subject.wanted(), tiles, precision, keep_every, 264, c.sums_weight)
+        given = (y, x, kept, run, subject.wanted(), tiles, precision, keep_every, 264, c.sums_weight)
+        stack_backward.backward(*given, _recording() if job.load == RECORDED else None)
+    return caught
+
+
+def sum_launches(c: SumConfiguration, dtype: torch.dtype) -> dict[str, Launch]:
+    """Those of a sum whose scales are all learned and that drops samples; its memory is c.view's."""
+    caught: dict[str, Launch] = {}
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    memory, scale = c.view.stretches * c.view.length, make(c.view.channels) if c.per != "all" else make()
+    terms = Terms(make(memory), make(memory), scale, make(), torch.tensor(2**62 + 2**31 + 1))
+    spec = LayerSpec("none", skip="residual", drop_path=0.1)
+    with (
+        mock.patch.object(residual, "_forward_kernel", _catch(caught, "sum_forward", residual._forward_kernel)),
+        mock.patch.object(residual, "_backward_kernel", _catch(caught, "sum_backward", residual._backward_kernel)),
+    ):
+        residual.forward(terms, spec, c.view, make(memory), c.tile)
+        wanted = WantedTerms(True, True, True, True)
+        residual.backward(make(memory), terms, spec, c.view, make(memory), make(memory), wanted, c.tile)
     return caught
 
 
@@ -277,7 +327,7 @@ def _catch(caught: dict[str, Launch], name: str, kernel: Any) -> Any:
 
 def _layer(job: Job) -> Layer:
     has_projection = job.configuration.has_projection
-    if job.load == PLAIN:
+    if job.load in (PLAIN, RECORDED):
         return Layer(LayerSpec(job.activation, skip="projection" if has_projection else "identity"))
     spec = LayerSpec(job.activation, order="post", skip="projection" if has_projection else "residual", drop_path=0.1)
     if job.configuration.kernel == "dx" and not has_projection:  # where a residual is given, dx is a product alone
@@ -374,8 +424,10 @@ def table(findings: dict[Job, Finding]) -> str:
     return "\n".join(lines)
 
 
-def _label(c: Configuration | StackConfiguration) -> str:
-    if isinstance(c, StackConfiguration):
+def _label(c: Configuration | StackConfiguration | SumConfiguration) -> str:
+    if isinstance(c, SumConfiguration):
+        tile, layer, widths = name(c.tile), f"a by {c.per}", str(c.length + c.is_ragged)
+    elif isinstance(c, StackConfiguration):
         tile, layer, widths = name(c.tile), "", str(c.d)
         if c.kernel == "stack_backward":
             layer = "sums dw" if c.sums_weight else "writes dz"
@@ -388,7 +440,8 @@ def _label(c: Configuration | StackConfiguration) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=ARCHES, help="default: all; with --quick, sm_90")
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS + STACK_KERNELS, default=KERNELS + STACK_KERNELS)
+    every_kernel = KERNELS + STACK_KERNELS + SUM_KERNELS
+    parser.add_argument("--kernel", nargs="+", choices=every_kernel, default=every_kernel)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--aligned", action="store_true", help="leave out widths that are no multiples of 16")
     parser.add_argument("--tile", metavar="M,N,K,WARPS,STAGES", help="this tile in the place of the shipped ones")
@@ -415,6 +468,8 @@ def main() -> int:
             stacks = [c for c in shipped_stacks(ARCHES[arch].dispatch) if c.is_ragged in widths]
             runs = [c for c in stacks if c.kernel in options.kernel and c.mode in options.mode]
             queue += stack_jobs(arch, runs, options.quick)
+            sums = [c for c in shipped_sums() if c.is_ragged in widths and c.mode in options.mode]
+            queue += [Job(arch, c, "none") for c in sums if c.kernel in options.kernel]
 
     found: dict[Job, Finding] = {}
     with tempfile.TemporaryDirectory() as cache:
@@ -428,7 +483,7 @@ def main() -> int:
     found = {job: found[job] for job in queue}
 
     print(table(found))
-    failures = {str(job): faults for job, finding in found.items() if (faults := finding.faults(job.arch))}
+    failures = {str(job): faults for job, finding in found.items() if (faults := _faults(job, finding))}
     if options.json:
         rows = [{**job._asdict(), **job.configuration._asdict(), **finding._asdict()} for job, finding in found.items()]
         kernels = ",\n".join(json.dumps({k: v for k, v in row.items() if k != "configuration"}) for row in rows)

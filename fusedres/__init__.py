@@ -6,6 +6,7 @@ from .explanation import explain
 from .gradients import GradientComparison, GradientProfile, compare_gradients, gradient_profile
 from .modules import FusedResidualLinear
 from .network import Network
+from .residual import Residual
 from .stack import FusedResidualStack
 from .warming import warmup
 
@@ -17,6 +18,7 @@ __all__ = [
     "GradientComparison",
     "GradientProfile",
     "Network",
+    "Residual",
     "batch_invariant",
     "compare_gradients",
     "eager",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.spec import ACTIVATIONS, LayerSpec, Operands
+from .kernels.spec import ACTIVATIONS, LayerSpec, Operands, Terms
 
 ACTIVATION_NAMES = tuple(name for name in ACTIVATIONS if name != "gelu_tanh")
 SKIPS = ("auto", "identity", "projection", "concat", None)
@@ -174,11 +174,8 @@ def matrices(x: Tensor, weight: Tensor) -> None:
         TypeError: one is not a floating-point tensor.
         ValueError: a shape does not fit.
     """
-    for name, value in (("x", x), ("weight", weight)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point dtype, got {value.dtype}")
+    _floating("x", x)
+    _floating("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out_features, in_features], got shape {list(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -234,6 +231,100 @@ def _tensor(name: str, value: Tensor, shape: list[int], what: str, x: Tensor, an
         raise ValueError(f"{name} must be on {x.device}, where {like} is, got {value.device}")
     if value.dtype != x.dtype and not (any_dtype and value.is_floating_point()):
         raise TypeError(f"{name} must be {x.dtype}, the dtype of {like}, got {value.dtype}")
+
+
+def described_sum(
+    branch: Tensor,
+    x: Tensor,
+    skip_scale: float | Tensor,
+    branch_scale: float | Tensor,
+    channel_dim: int,
+    drop_path: float,
+    training: bool,
+) -> tuple[Terms, LayerSpec]:
+    """The arguments of `functional.residual` as checked values; a tensor for a scale is a learned one.
+
+    Raises:
+        TypeError: a term or a scale is no floating-point tensor, or a number is none.
+        ValueError: a shape or a device does not fit, or an option is out of range.
+    """
+    for name, term in (("x", x), ("branch", branch)):
+        _floating(name, term)
+    if branch.shape != x.shape:
+        raise ValueError(
+            f"branch must be {list(x.shape)}, the shape of the block's input x, got shape {list(branch.shape)}"
+        )
+    terms = Terms(branch, x)
+    if isinstance(skip_scale, Tensor):
+        if skip_scale.dim() > 0:
+            raise ValueError(f"skip_scale must be [], a learned scalar, got shape {list(skip_scale.shape)}")
+        terms, skip_scale = terms._replace(skip_scale=skip_scale), 1.0
+    if isinstance(branch_scale, Tensor):
+        along = branch_scale if branch_scale.dim() == 0 else _along(channel_dim, branch_scale, x)
+        terms, branch_scale = terms._replace(branch_scale=along), 1.0
+    for name in ("branch", "branch_scale", "skip_scale"):
+        value = getattr(terms, name)
+        if value is None:
+            continue
+        _floating(name, value)
+        if value.device != x.device:
+            raise ValueError(f"{name} must be on {x.device}, where x is, got {value.device}")
+    if drop_path and training and x.dim() == 0:
+        raise ValueError("drop_path drops samples, the first dimension of x, and x is []")
+    return terms, layer_spec("none", "none", "pre", "residual", skip_scale, branch_scale, drop_path, training, False)
+
+
+def residual_options(
+    block: object,
+    skip_scale: float,
+    learn_skip_scale: bool,
+    branch_scale: float,
+    learn_branch_scale: bool | str,
+    channels: int | None,
+    channel_dim: int,
+    drop_path: float,
+) -> None:
+    """The options of a `Residual`.
+
+    Raises:
+        TypeError: block cannot be called, or a number is none.
+        ValueError: an option is unknown, out of range, or makes no sense with another.
+    """
+    if not callable(block):
+        raise TypeError(f"block must be a torch.nn.Module, got {type(block).__name__}")
+    learned_scales(learn_skip_scale, learn_branch_scale)
+    layer_spec("none", "none", "pre", "residual", skip_scale, branch_scale, drop_path, True, False)
+    for name, value in (("channels", channels), ("channel_dim", channel_dim)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if (learn_branch_scale == "channel") != (channels is not None):
+        raise ValueError(
+            "learn_branch_scale='channel' needs channels, how many x has at channel_dim, and nothing else takes them, "
+            f"got learn_branch_scale={learn_branch_scale!r} and channels={channels}"
+        )
+    if channels is not None and channels < 1:
+        raise ValueError(f"channels must be at least 1, got {channels}")
+
+
+def _floating(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be of a floating-point dtype, got {value.dtype}")
+
+
+def _along(channel_dim: int, scale: Tensor, x: Tensor) -> Tensor:
+    """A scale [C] as [C, 1, …], to multiply along a dimension of x."""
+    dims = x.dim()
+    if not -dims <= channel_dim < dims:
+        raise ValueError(f"channel_dim must be one of the {dims} dimensions of x {list(x.shape)}, got {channel_dim}")
+    axis = channel_dim % dims
+    if list(scale.shape) != [x.shape[axis]]:
+        raise ValueError(
+            f"branch_scale must be [], one for all, or [{x.shape[axis]}], one per channel of x {list(x.shape)} at "
+            f"dimension {channel_dim}, got shape {list(scale.shape)}"
+        )
+    return scale if axis == dims - 1 else scale.view(-1, *(1,) * (dims - 1 - axis))
 
 
 def has_skip_to_scale(skip: str) -> None:

@@ -381,6 +381,10 @@ def batch_invariant() -> Iterator[None]:
         yield
 
 
+def is_eager_forced() -> bool:
+    return _Switches.force_eager > 0
+
+
 def is_batch_invariant() -> bool:
     return _Switches.batch_invariant > 0
 

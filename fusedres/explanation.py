@@ -20,7 +20,10 @@ from .kernels.spec import LayerSpec, NetworkSpec, Operands
 
 @dataclass(frozen=True)
 class Call:
-    """One fused call: its layer's or network's name in the module, its shape x [M, K] -> [M, N], and what runs it."""
+    """One fused call: its layer's or network's name in the module, its shape x [M, K] -> [M, N], and what runs it.
+
+    Of a `Residual`, the sum that ends it: `shape` is that of x, whose last dimension is N = K.
+    """
 
     name: str
     M: int
@@ -33,6 +36,7 @@ class Call:
     way: Way | None = None  # of the C++ engine
     keeps: bool = True  # whether the C++ engine would keep activations for backward
     threads: int = 1
+    shape: tuple[int, ...] | None = None
 
     @property
     def backend(self) -> str:
@@ -43,6 +47,9 @@ class Call:
 
     def __str__(self) -> str:
         layers = f", {len(self.spec.layers)} layers" if isinstance(self.spec, NetworkSpec) else ""
+        if self.shape is not None:
+            call = f"{self.name or 'residual'} {list(self.shape)} {self.dtype}"
+            return f"{call}: {self.backend}, because {self.choice.because}"
         kind = "network" if layers else "residual_linear"
         call = f"{self.name or kind} [{self.M}, {self.K}] -> [{self.M}, {self.N}] {self.dtype}{layers}"
         lines = [f"{call}: {self.backend}, because {self.choice.because}"]
@@ -93,6 +100,13 @@ def note(choice: Eager | Triton | Native, operands: Operands, spec: LayerSpec, d
         way = cast(Way, dispatch.layer_way(operands, spec, dtype))
     keeps = not spec.recompute
     _listener.append(Call(_name(), M, N, K, dtype, spec, choice, tiles, way, keeps, torch.get_num_threads()))
+
+
+def note_residual(choice: Eager | Triton | Native, x: Tensor, spec: LayerSpec) -> None:
+    """Tell the listener about the sum that ends a residual block."""
+    last = x.shape[-1] if x.dim() else 1
+    M = x.shape[:-1].numel()
+    _listener.append(Call(_name(), M, last, last, x.dtype, spec, choice, shape=tuple(x.shape)))
 
 
 def note_network(choice: Eager | Triton | Native, x: Tensor, spec: NetworkSpec, way: Way | None, keeps: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import checks, dispatch, explanation, ops, reference
+from . import checks, dispatch, explanation, ops, reference, residual_dispatch, residual_ops
 from .kernels.spec import LayerSpec, Operands
 
 
@@ -59,6 +59,42 @@ def residual_linear(
     return layer(x, weight, bias, residual, projection_weight, projection_bias, skip_scale, branch_scale, options)
 
 
+def residual(
+    branch: Tensor,
+    x: Tensor,
+    *,
+    skip_scale: float | Tensor = 1.0,
+    branch_scale: float | Tensor = 1.0,
+    channel_dim: int = -1,
+    drop_path: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """y = a branch + λ x, the sum that ends a residual block, differentiable in every tensor. branch, x, y [...].
+
+    Args:
+        skip_scale: λ, a number or a tensor [].
+        branch_scale: a, a number or a tensor [] or [C], one per channel.
+        channel_dim: the dimension of x, of size C, along which a is one per channel.
+        drop_path: while training, the probability that a sample's branch is dropped, a sample being an index of the
+            first dimension; the others' are scaled by 1 / (1 - drop_path). Drawn from torch's CPU generator.
+
+    dtypes may differ, and promote as those of the formula do.
+
+    Raises:
+        TypeError: a term or a scale is no floating-point tensor, or a number is none.
+        ValueError: a shape or a device does not fit, or an option is out of range.
+    """
+    terms, spec = checks.described_sum(branch, x, skip_scale, branch_scale, channel_dim, drop_path, training)
+    choice = residual_dispatch.choose(terms, spec)
+    if explanation.is_listening():
+        explanation.note_residual(choice, terms.x, spec)
+    if spec.drop_path > 0:
+        terms = terms._replace(seed=ops.draw_seed())
+    if isinstance(choice, dispatch.Eager):
+        return reference.residual(terms, spec)
+    return residual_ops.residual(terms, spec, choice)
+
+
 def layer(
     x: Tensor,
     weight: Tensor,
@@ -69,8 +105,12 @@ def layer(
     skip_scale: float | Tensor,
     branch_scale: float | Tensor,
     options: tuple[Any, ...],
+    watch: int = 0,
 ) -> Tensor:
-    """`residual_linear` with its options in one tuple, in the order of its arguments: what modules call."""
+    """`residual_linear` with its options in one tuple, in the order of its arguments: what modules call.
+
+    watch: the number by which the gradient of x is recorded, 0 for none.
+    """
     if getattr(forward_ad, "_current_level", -1) >= 0:
         raise NotImplementedError(
             "fusedres has no forward-mode derivative (jvp, dual tensors); use reverse mode, or "
@@ -83,6 +123,8 @@ def layer(
     if spec is None:
         given, spec = checks.described(given, skip_scale, branch_scale, options, autocast is not None)
         checks.remember(facts, spec)
+    if watch:
+        spec = spec._replace(watch=watch)
     return call(given, spec, autocast)
 
 

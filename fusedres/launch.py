@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, recording
 from .dispatch import Eager, Native, Way
 from .kernels.cpu import launch as cpu
 from .kernels.spec import WAYS, Gradients, LayerSpec, Operands, Wanted
@@ -64,6 +64,7 @@ def backward(
             wanted,
             dispatch.layer_tiles(operands, spec, x.dtype, choice.target),
             dispatch.precision(x.dtype),
+            recording.of(spec.watch) if spec.watch else None,
         )
     return gradients._replace(
         x=None if gradients.x is None else gradients.x.reshape(x.shape),
@@ -117,7 +118,8 @@ def _cpu_backward(g: Tensor, operands: Operands, memory: Tensor | None, spec: La
         values = zip(operands[:-1], wanted, strict=True)
         return Gradients(*(torch.zeros_like(t) if is_wanted else None for t, is_wanted in values))
     way = dispatch.layer_way(operands, spec, operands.x.dtype)
-    return cpu.backward(g, operands, memory, spec, wanted, way_index(way))
+    watched = recording.of(spec.watch) if spec.watch else None
+    return cpu.backward(g, operands, memory, spec, wanted, way_index(way), watched)
 
 
 def _resolved(operands: Operands) -> Operands:

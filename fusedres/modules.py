@@ -28,6 +28,8 @@ class FusedResidualLinear(nn.Linear):
         TypeError, ValueError: an option is unknown, out of range, or makes no sense with another.
     """
 
+    watch: int = 0  # the number by which the gradient of its input is recorded; 0: it is not
+
     def __init__(
         self,
         in_features: int,
@@ -80,6 +82,11 @@ class FusedResidualLinear(nn.Linear):
         """What skip means here: none, identity, projection or concat."""
         return checks.resolve_skip(self.skip, self.in_features, self.out_features, False, self.projection is not None)
 
+    @property
+    def watched_layers(self) -> list[str]:
+        """The layers whose gradients are recorded under `watch`: this one."""
+        return [""]
+
     def reset_parameters(self) -> None:
         """nn.Linear's initialisation for the weights; the scales start where they were told to, and draw nothing."""
         super().reset_parameters()
@@ -106,6 +113,7 @@ class FusedResidualLinear(nn.Linear):
             self.skip_scale,
             self.branch_scale,
             (self.activation, self.approximate, self.order, self.skip, self.drop_path, self.training, self.recompute),
+            self.watch,
         )
 
     def extra_repr(self) -> str:

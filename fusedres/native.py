@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -31,6 +32,7 @@ SOURCES = Path(__file__).parent / "kernels" / "cpu"
 NAME = "fusedres_cpu"
 SCRATCH = "building-"
 STALE_S = 3600  # a scratch folder as old as this belongs to a build that was killed
+SWITCHED_OFF = "FUSEDRES_NATIVE=0 switches them off"
 LONGEST_WAIT_S = 60  # for another process that builds; after that this one builds too
 
 
@@ -63,13 +65,48 @@ def missing() -> str | None:
 def _decide() -> tuple[str | None, str | None]:
     """(why there is no library, what to warn of), None each where there is nothing to say."""
     if os.environ.get("FUSEDRES_NATIVE") == "0":
-        return "FUSEDRES_NATIVE=0 switches them off", None
-    if any(Path(path).name.startswith(NAME) for path in torch.ops.loaded_libraries):
-        return None, None  # by an earlier import of this module; torch aborts if operators register twice
+        return SWITCHED_OFF, None
+    if _is_registered():
+        return None, None
     try:
         return None, _load(_recipe(toolchain.level()))
     except Unavailable as error:
         return str(error), f"fusedres has no CPU kernels, PyTorch's own operations run instead: {error}"
+
+
+class Outlook(NamedTuple):
+    """Of the library: loaded, to build, or none, and why."""
+
+    state: str
+    because: str
+
+
+def outlook() -> Outlook:
+    """What `missing` would come to. Loads the library where it lies in the cache; builds and makes nothing."""
+    if os.environ.get("FUSEDRES_NATIVE") == "0":
+        return Outlook("none", SWITCHED_OFF)
+    if _Process.is_decided and _Process.reason:
+        return Outlook("none", _Process.reason)
+    if _Process.is_decided or _is_registered():
+        return Outlook("loaded", "this process has loaded it")
+    try:
+        toolchain.require_sanitizer()
+        recipe, folder = _recipe(toolchain.level()), cache_folder()
+        try:
+            compiler, why_none = find_compiler(), None
+        except Unavailable as error:
+            compiler, why_none = None, error
+        distrust = distrusted(folder) if folder.exists() else None
+        if distrust is None and any(_is_loaded(path) for path in _kept(folder, recipe, compiler)):
+            return Outlook("loaded", "it lay in the cache")
+        if why_none:
+            raise why_none
+        toolchain.find_ninja()
+    except (Unavailable, RuntimeError, OSError) as error:
+        return Outlook("none", str(error))
+    if distrust:
+        return Outlook("to build", f"not built yet: every process builds its own, as {distrust}")
+    return Outlook("to build", "not built yet: the first call builds it, once, in 10 to 30 seconds")
 
 
 def build(level: str) -> Path:
@@ -80,6 +117,11 @@ def build(level: str) -> Path:
         return next(_kept(folder, recipe, compiler), None) or _build_in_turn(folder, recipe, compiler)
     except OSError as error:
         raise Unavailable(f"no library can be kept: {error}") from error
+
+
+def _is_registered() -> bool:
+    """Whether the library is loaded, maybe by an earlier import of this module: torch aborts if it registers twice."""
+    return any(Path(path).name.startswith(NAME) for path in torch.ops.loaded_libraries)
 
 
 def cache_folder() -> Path:
@@ -167,16 +209,23 @@ def _own_folder() -> Path:
     for path in reversed([folder, *folder.parents]):
         if not path.exists():
             path.mkdir(0o700, exist_ok=True)
+    if reason := distrusted(folder):
+        raise OSError(reason)
+    return folder.resolve()
+
+
+def distrusted(folder: Path) -> str | None:
+    """Why nothing in this folder is to be loaded; None where it may be. OSError where there is no folder."""
     folder = folder.resolve()
     if reason := _distrust(folder, os.stat(folder)):
-        raise OSError(reason)
+        return reason
     for parent in folder.parents:  # whoever can rename a folder can put another in its place
         mode = os.stat(parent).st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise OSError(f"everyone may write to {parent}")
+            return f"everyone may write to {parent}"
     if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
-        raise OSError(f"{folder} is mounted noexec")
-    return folder
+        return f"{folder} is mounted noexec"
+    return None
 
 
 def _distrust(path: Path, facts: os.stat_result) -> str | None:

@@ -89,11 +89,18 @@ class Network:
         """What is found out anew in a copy, or in another process."""
         self._known: dict[tuple[int, torch.dtype], tuple[int, bool] | None] = {}  # way and keeps, or None for others
         self._handle: int | None = None
+        self.watched = 0  # the number by which the first layer's gradient is recorded; 0: none is
         self._checked: set[tuple] = set()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    def watch(self, number: int) -> Network:
+        """From now on records its layers' gradients under this number and the following (`recording.py`); 0: not."""
+        self.watched = number
+        self._known.clear()
+        return self
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -145,7 +152,9 @@ class Network:
     ) -> tuple[int, bool] | None:
         if len(self._known) >= 256:
             self._known.clear()
-        self._known[key] = known = (way.index, keeps) if isinstance(choice, Native) and self._is_plain else None
+        self._known[key] = known = None
+        if isinstance(choice, Native) and self._is_plain and not self.watched:
+            self._known[key] = known = (way.index, keeps)
         return known
 
     def _bind(self) -> int:
@@ -196,10 +205,12 @@ class Network:
             explanation.note_network(choice, x, self.spec, way, keeps)
         seeds = self._seeds(training)
         if way is None:
-            return reference.network(x, self._tensors, self.spec, seeds)
+            return reference.network(x, self._tensors, self.spec, seeds, watch=self.watched)
         if ops.needs_operator((x, *self._tensors)):
             return self._by_operator(x, seeds)
-        return launch.run(self._handle or self._bind(), x, way.index, seeds, keeps)
+        if self._handle in differentiated_again and x.requires_grad and torch.is_grad_enabled():
+            return network_ops.differentiable(x, self._tensors, self.spec, seeds, self.watched)
+        return launch.run(self._handle or self._bind(), x, way.index, seeds, keeps, self.watched)
 
     def _traced_call(self, x: Tensor, training: bool) -> Tensor:
         network_checks.check_input(x, self.sizes[0])
@@ -209,7 +220,7 @@ class Network:
 
     def _by_operator(self, x: Tensor, seeds: Tensor | None) -> Tensor:
         """The call that others see."""
-        return network_ops.residual_network(x, self._tensors, seeds, *self.description.encoded)
+        return network_ops.residual_network(x, self._tensors, seeds, *self.description.encoded, self.watched)
 
     def _goes_by_layers(self, x: Tensor) -> bool:
         """Whether each layer is called by itself: on a GPU, and where not all of the network is the engine's to run."""
@@ -230,6 +241,8 @@ class Network:
             for i in range(segment.first, segment.last):
                 layer = self.spec.layers[i]
                 spec = layer.spec if training else layer.spec._replace(drop_path=0.0)
+                if self.watched:
+                    spec = spec._replace(watch=self.watched + i)
                 with _part(f"layers.{i}"):
                     x = functional.call(layer.operands(x, own[i]), spec, autocast)
         return x
@@ -254,7 +267,8 @@ class Network:
         tensors = run_ops.own_tensors(segment, self.spec, self._tensors)
         if autocast is not None:
             tensors = run_ops.cast(tensors, segment, autocast)
-        return run_ops.residual_run(x, tensors, segment, seeds, self.recompute)
+        watch = self.watched + segment.first if self.watched else 0
+        return run_ops.residual_run(x, tensors, segment, seeds, self.recompute, watch)
 
     def _check_for_kernels(self, x: Tensor, is_autocast: bool) -> None:
         """Every layer's operands, once for all calls that are alike in what is checked."""

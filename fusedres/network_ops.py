@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, philox, reference, run_launch
+from . import dispatch, philox, recording, reference, run_launch
 from .kernels.cpu import launch, plan
 from .kernels.spec import NetworkSpec
 from .launch import way_index
 
-_ARGUMENTS = "Tensor x, Tensor[] parameters, Tensor? seeds, int[] codes, float[] numbers"
+_ARGUMENTS = "Tensor x, Tensor[] parameters, Tensor? seeds, int[] codes, float[] numbers, int watch"
 _LIBRARY = torch.library.Library("fusedres", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIBRARY.define(f"residual_network({_ARGUMENTS}) -> Tensor", tags=_TAGS)
@@ -31,10 +31,15 @@ _LIBRARY.define("draw_seeds(int[] layers, int depth) -> Tensor", tags=(*_TAGS, t
 
 
 def residual_network(
-    x: Tensor, parameters: Sequence[Tensor], seeds: Tensor | None, codes: Sequence[int], numbers: Sequence[float]
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    seeds: Tensor | None,
+    codes: Sequence[int],
+    numbers: Sequence[float],
+    watch: int = 0,
 ) -> Tensor:
     """y by an operator that finds its way as it runs and keeps nothing; `plan.encoded` makes the codes."""
-    return torch.ops.fusedres.residual_network(x, parameters, seeds, codes, numbers)
+    return torch.ops.fusedres.residual_network(x, parameters, seeds, codes, numbers, watch)
 
 
 def draw_seeds(layers: Sequence[int], depth: int) -> Tensor:
@@ -77,10 +82,12 @@ _SMOOTH: reference.Activations = {
 }
 
 
-def differentiable(x: Tensor, parameters: Sequence[Tensor], spec: NetworkSpec, seeds: Tensor | None) -> Tensor:
+def differentiable(
+    x: Tensor, parameters: Sequence[Tensor], spec: NetworkSpec, seeds: Tensor | None, watch: int = 0
+) -> Tensor:
     """y by PyTorch's products and sums, with the engine's activations in float32; in others PyTorch's are quicker."""
     activations = _SMOOTH if x.dtype == torch.float32 else reference.ACTIVATIONS
-    return reference.network(x, parameters, spec, seeds, activations)
+    return reference.network(x, parameters, spec, seeds, activations, watch)
 
 
 @torch.library.impl(_LIBRARY, "differentiable_backward", "CompositeImplicitAutograd")
@@ -91,6 +98,7 @@ def _differentiable_backward(
     seeds: Tensor | None,
     codes: Sequence[int],
     numbers: Sequence[float],
+    watch: int,
     wanted: Sequence[bool],
     network: int,
 ) -> list[Tensor]:
@@ -122,7 +130,12 @@ def _goes_by_run(x: Tensor, spec: NetworkSpec) -> bool:
 @torch.library.impl(_LIBRARY, "residual_network", "CUDA")
 @torch.library.impl(_LIBRARY, "residual_network", "CPU")
 def _residual_network(
-    x: Tensor, parameters: Sequence[Tensor], seeds: Tensor | None, codes: Sequence[int], numbers: Sequence[float]
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    seeds: Tensor | None,
+    codes: Sequence[int],
+    numbers: Sequence[float],
+    watch: int,
 ) -> Tensor:
     if isinstance(dispatch.backend(x.device, x.dtype), dispatch.Triton):
         spec = plan.decoded(tuple(codes), tuple(numbers))
@@ -137,7 +150,12 @@ def _residual_network(
 
 @torch.library.register_fake("fusedres::residual_network", lib=_LIBRARY)
 def _residual_network_fake(
-    x: Tensor, parameters: Sequence[Tensor], seeds: Tensor | None, codes: Sequence[int], numbers: Sequence[float]
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    seeds: Tensor | None,
+    codes: Sequence[int],
+    numbers: Sequence[float],
+    watch: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes[-plan.CODES])
 
@@ -151,25 +169,27 @@ def _residual_network_backward(
     seeds: Tensor | None,
     codes: Sequence[int],
     numbers: Sequence[float],
+    watch: int,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    watched = recording.of(watch) if watch else None
     if isinstance(dispatch.backend(x.device, x.dtype), dispatch.Triton):
         spec = plan.decoded(tuple(codes), tuple(numbers))
         if not _goes_by_run(x, spec):
             return list(reference.network_gradients(g, x, parameters, spec, seeds, wanted))
         _, kept = run_launch.forward(spec, parameters, x, seeds, 1)
-        gradients = run_launch.backward(g, spec, parameters, x, kept, seeds, 1, wanted)
+        gradients = run_launch.backward(g, spec, parameters, x, kept, seeds, 1, wanted, watched)
         return [gradient for gradient in gradients if gradient is not None]
     spec, way = _found(x, codes, numbers)
     if x.numel() == 0:
         return [torch.zeros_like(t) for t, is_wanted in zip((x, *parameters), wanted, strict=True) if is_wanted]
-    return launch.network_backward(g, spec, parameters, x, seeds, way, wanted)
+    return launch.network_backward(g, spec, parameters, x, seeds, way, wanted, watched)
 
 
 @torch.library.impl(_LIBRARY, "residual_network_backward", "Batched")
 def _residual_network_backward_batched(*arguments: Any) -> list[Tensor]:
     """A batch of gradients (is_grads_batched=True) has no kernel: the formula does it."""
-    g, x, parameters, seeds, codes, numbers, wanted = arguments
+    g, x, parameters, seeds, codes, numbers, _, wanted = arguments
     spec = plan.decoded(tuple(codes), tuple(numbers))
     return list(reference.network_gradients(g, x, parameters, spec, seeds, wanted))
 
@@ -199,7 +219,7 @@ def _residual_network_backward_fake(g: Tensor, x: Tensor, parameters: Sequence[T
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, parameters, seeds, ctx.codes, ctx.numbers = inputs
+    x, parameters, seeds, ctx.codes, ctx.numbers, ctx.watch = inputs
     ctx.save_for_backward(x, seeds, *parameters)
 
 
@@ -207,13 +227,14 @@ def _operator_backward(ctx: Any, g: Tensor) -> tuple:
     x, seeds, *parameters = ctx.saved_tensors
     wants_x, wants_parameters, *_ = ctx.needs_input_grad
     wanted = [wants_x, *wants_parameters]
-    found = torch.ops.fusedres.residual_network_backward(g, x, parameters, seeds, ctx.codes, ctx.numbers, wanted)
+    given = (g, x, parameters, seeds, ctx.codes, ctx.numbers, ctx.watch, wanted)
+    found = torch.ops.fusedres.residual_network_backward(*given)
     dx, *dparameters = _spread(found, wanted)
-    return dx, dparameters, None, None, None
+    return dx, dparameters, None, None, None, None
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    g, x, parameters, seeds, ctx.codes, ctx.numbers, ctx.wanted = inputs
+    g, x, parameters, seeds, ctx.codes, ctx.numbers, _, ctx.wanted = inputs
     ctx.save_for_backward(seeds, g, x, *parameters)
 
 
@@ -221,7 +242,7 @@ def _operator_double_backward(ctx: Any, gg: Sequence[Tensor]) -> tuple:
     seeds, *tensors = ctx.saved_tensors
     spec = plan.decoded(tuple(ctx.codes), tuple(ctx.numbers))
     dg, dx, *dparameters = _double_backward(gg, tensors, spec, seeds, ctx.wanted)
-    return dg, dx, dparameters, None, None, None, None
+    return dg, dx, dparameters, None, None, None, None, None
 
 
 torch.library.register_autograd(

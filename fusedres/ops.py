@@ -33,7 +33,7 @@ _OPERANDS = (
 )
 _SPEC = (
     "str activation, str order, str skip, float skip_number, float branch_number, float drop_path, bool recompute, "
-    "bool batch_invariant"
+    "bool batch_invariant, int watch"
 )
 _LIBRARY = torch.library.Library("fusedres", "DEF")
 _LIBRARY.define(

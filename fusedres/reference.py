@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks, philox, stack_checks
-from .kernels.spec import LayerSpec, NetworkSpec, Operands, Wanted
+from . import checks, philox, recording, stack_checks
+from .kernels.spec import LayerSpec, NetworkSpec, Operands, Terms, Wanted, WantedTerms
 
 vjp: Any = torch.func.vjp  # whose annotation is a union over has_aux
 Activations = Mapping[str, Callable[[Tensor], Tensor]]
@@ -32,6 +32,8 @@ ACTIVATIONS: Activations = {
 
 def layer(operands: Operands, spec: LayerSpec, activations: Activations = ACTIVATIONS) -> Tensor:
     """y [..., N], with concat [..., S + N]."""
+    if spec.watch:
+        operands, spec = _apart(operands, spec)
     x, weight, bias, residual, projection_weight, projection_bias, skip_scale, branch_scale, seed = operands
     activation = activations[spec.activation]
     is_post = spec.order == "post"
@@ -42,7 +44,7 @@ def layer(operands: Operands, spec: LayerSpec, activations: Activations = ACTIVA
     if branch_scale is not None or spec.branch_scale != 1.0:
         branch = branch * (spec.branch_scale if branch_scale is None else branch_scale)
     if spec.drop_path > 0:
-        branch = _drop_rows(branch, seed, spec)
+        branch = _drop(branch, seed, spec, branch.dim() - 1)
 
     if spec.skip == "none":
         total = branch
@@ -57,19 +59,33 @@ def layer(operands: Operands, spec: LayerSpec, activations: Activations = ACTIVA
     return activation(total) if is_post else total
 
 
+def _apart(operands: Operands, spec: LayerSpec) -> tuple[Operands, LayerSpec]:
+    """The same layer, where branch and skip take x: its gradient is recorded in two halves."""
+    takes_x = spec.skip != "none" and operands.residual is None
+    x, source = recording.apart(operands.x, spec.watch, takes_x)
+    if not takes_x:
+        return operands._replace(x=x), spec
+    if spec.skip == "projection":
+        source = F.linear(source, operands.projection_weight, operands.projection_bias)
+    return operands._replace(x=x, residual=source), spec._replace(
+        skip="concat" if spec.skip == "concat" else "residual"
+    )
+
+
 def network(
     x: Tensor,
     parameters: Sequence[Tensor],
     spec: NetworkSpec,
     seeds: Tensor | None = None,
     activations: Activations = ACTIVATIONS,
+    watch: int = 0,
 ) -> Tensor:
-    """y [..., d_L], layer after layer; seeds [layers] int64, without which no row drops."""
+    """y [..., d_L], layer after layer; seeds [layers] int64, without which no row drops; watch: the first one's."""
     for i, (bound, own) in enumerate(zip(spec.layers, spec.tensors(parameters), strict=True)):
-        if seeds is None:
-            x = layer(bound.operands(x, own), bound.spec._replace(drop_path=0.0), activations)
-        else:
-            x = layer(bound.operands(x, own, seeds[i]), bound.spec, activations)
+        options = bound.spec if seeds is not None else bound.spec._replace(drop_path=0.0)
+        if watch:
+            options = options._replace(watch=watch + i)
+        x = layer(bound.operands(x, own, None if seeds is None else seeds[i]), options, activations)
     return x
 
 
@@ -150,10 +166,61 @@ def residual_linear(
     return layer(operands, spec)
 
 
-def _drop_rows(branch: Tensor, seed: Tensor, spec: LayerSpec) -> Tensor:
-    """Stochastic depth: zero in dropped rows, whatever stood there, 1 / (1 - drop_path) times the rest."""
-    kept = philox.kept_rows(seed, branch.shape[:-1], spec.drop_threshold, branch.device)
-    return torch.where(kept[..., None], branch * spec.keep_scale, 0.0)
+def _drop(branch: Tensor, seed: Tensor, spec: LayerSpec, leading: int) -> Tensor:
+    """Stochastic depth: zero in dropped rows, whatever stood there, 1 / (1 - drop_path) times the rest.
+
+    A row is what the first `leading` dimensions leave.
+    """
+    kept = philox.kept_rows(seed, branch.shape[:leading], spec.drop_threshold, branch.device)
+    return torch.where(kept.reshape(*kept.shape, *(1,) * (branch.dim() - leading)), branch * spec.keep_scale, 0.0)
+
+
+def residual(terms: Terms, spec: LayerSpec) -> Tensor:
+    """a drop(branch) + λ x, in as few of PyTorch's operations as there are for it."""
+    branch, x, branch_scale, skip_scale, seed = terms
+    if spec.drop_path > 0:
+        branch = _drop(branch, seed, spec, 1)
+    if branch_scale is None and skip_scale is None:
+        if spec.skip_scale == 1.0:
+            return torch.add(x, branch, alpha=spec.branch_scale)
+        scaled = branch if spec.branch_scale == 1.0 else branch * spec.branch_scale
+        return torch.add(scaled, x, alpha=spec.skip_scale)
+    if skip_scale is None and spec.skip_scale == 1.0:
+        return _multiply_add(x, branch, branch_scale)
+    if branch_scale is not None or spec.branch_scale != 1.0:
+        branch = branch * (spec.branch_scale if branch_scale is None else branch_scale)
+    return torch.add(branch, x, alpha=spec.skip_scale) if skip_scale is None else _multiply_add(branch, x, skip_scale)
+
+
+def _multiply_add(other: Tensor, value: Tensor, factor: Tensor) -> Tensor:
+    """other + value · factor, in the type that these two operations give: autocast lets addcmul promote further."""
+    if other.dtype == value.dtype == factor.dtype:
+        return torch.addcmul(other, value, factor)
+    return other + value * factor
+
+
+def residual_gradients(
+    g: Tensor, terms: Sequence[Any], spec: LayerSpec, dtypes: Sequence[torch.dtype], wanted: WantedTerms
+) -> tuple[Tensor, ...]:
+    """The wanted gradients of `residual` alone, themselves differentiable; branch and x are of these dtypes.
+
+    Of `Terms`, branch is read for its scale's gradient alone, and x for its own's.
+    """
+    branch, x, branch_scale, skip_scale, seed = terms
+
+    def dropped(value: Tensor) -> Tensor:
+        return _drop(value, seed, spec, 1) if spec.drop_path > 0 else value
+
+    found = []
+    if wanted.branch:
+        found.append((dropped(g) * (spec.branch_scale if branch_scale is None else branch_scale)).to(dtypes[0]))
+    if wanted.x:
+        found.append((g * (spec.skip_scale if skip_scale is None else skip_scale)).to(dtypes[1]))
+    if wanted.branch_scale:
+        found.append((g * dropped(branch)).sum_to_size(branch_scale.shape).to(branch_scale.dtype))
+    if wanted.skip_scale:
+        found.append((g * x).sum().to(skip_scale.dtype))
+    return tuple(found)
 
 
 class Sin(nn.Module):
@@ -181,6 +248,7 @@ class ResidualStack(nn.Module):
     a skip is projected, `skip_scales.{i}` [] and `branch_scales.{i}` [] or [d_{i+1}] where learned.
     """
 
+    watch: int = 0  # the number by which its first layer's gradient is recorded; 0: none is
     layers: Any  # nn.ModuleList of nn.Sequential
     projections: Any  # nn.ModuleDict of nn.Linear
 
@@ -203,6 +271,19 @@ class ResidualStack(nn.Module):
         self.skip_scales, self.branch_scales = learned_scales(recipe, range(len(recipe.layers)), **factory)
         self.skips = [one.skip != "none" for one in recipe.layers]
 
+    @property
+    def watched_layers(self) -> list[str]:
+        """The layers whose gradients are recorded under `watch` and the numbers after it."""
+        return [f"layers.{i}" for i in range(len(self.layers))]
+
+    @property
+    def identity_scales(self) -> list[float | Tensor | None]:
+        """λ of each layer whose skip is x itself, with no activation after the sum; None of the others."""
+        return [
+            None if one.skip != "identity" or one.activates_sum else self.skip_scales.get(str(i), one.skip_scale)
+            for i, one in enumerate(self.recipe.layers)
+        ]
+
     def forward(self, x: Tensor) -> Tensor:
         for i, spec in enumerate(self.recipe.layers):
             linear, name = self.layers[i][0], str(i)
@@ -216,7 +297,7 @@ class ResidualStack(nn.Module):
                     given = given._replace(seed=philox.draw_seed())
                 else:
                     spec = spec._replace(drop_path=0.0)
-            x = layer(given, spec)
+            x = layer(given, spec._replace(watch=self.watch + i) if self.watch else spec)
         return x
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dispatch
 from .kernels.config import StackTiles
+from .kernels.record import Recording
 from .kernels.spec import NetworkSpec, Run, Wanted
 
 
@@ -60,6 +61,7 @@ def backward(
     seeds: Tensor | None,
     keep_every: int,
     wanted: Sequence[bool],
+    recording: Recording | None = None,
 ) -> list[Tensor | None]:
     """The gradients of x and of the tensors, None where not wanted."""
     from .kernels.triton import stack_backward
@@ -83,6 +85,7 @@ def backward(
             keep_every,
             dispatch.stack_programs(len(rows), L, width, chosen.backward, sums_weight, processors),
             sums_weight,
+            recording,
         )
     gradients: list[Tensor | None] = [None if found.x is None else found.x.view(x.shape), *[None] * len(tensors)]
     for name, slot in slots._asdict().items():

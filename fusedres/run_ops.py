@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, network_ops, ops, reference, run_launch
+from . import dispatch, network_ops, ops, recording, reference, run_launch
 from .kernels.cpu.plan import encoded
 from .kernels.spec import NetworkSpec, Slots
 
@@ -84,37 +84,40 @@ def cast(tensors: list[Tensor], segment: Segment, dtype: torch.dtype) -> list[Te
 
 
 def residual_run(
-    x: Tensor, tensors: Sequence[Tensor], segment: Segment, seeds: Tensor | None, recompute: bool | str
+    x: Tensor, tensors: Sequence[Tensor], segment: Segment, seeds: Tensor | None, recompute: bool | str, watch: int = 0
 ) -> Tensor:
-    """y [..., d] of a run whose tensors are checked."""
+    """y [..., d] of a run whose tensors are checked; watch: the number by which its first layer is recorded."""
     if torch.compiler.is_compiling() or ops.needs_operator((x, *tensors)):
-        return network_ops.residual_network(x, tensors, seeds, *segment.encoded)
+        return network_ops.residual_network(x, tensors, seeds, *segment.encoded, watch)
     spec = segment.run
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
         width = spec.widths[0]
         every = dispatch.stack_keeps(len(spec.layers), x.numel() // width, width, x.dtype, recompute)
-        return _Run.apply(spec, seeds, every, x, *tensors)
+        return _Run.apply(spec, seeds, every, watch, x, *tensors)
     return run_launch.forward(spec, tensors, x, seeds, None)[0]
 
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, spec: NetworkSpec, seeds: Tensor | None, every: int, x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, spec: NetworkSpec, seeds: Tensor | None, every: int, watch: int, x: Tensor, *tensors: Tensor
+    ) -> Tensor:
         y, kept = run_launch.forward(spec, tensors, x, seeds, every)
         ctx.save_for_backward(x, *tensors, kept)
-        ctx.spec, ctx.seeds, ctx.every = spec, seeds, every
+        ctx.spec, ctx.seeds, ctx.every, ctx.watch = spec, seeds, every, watch
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
         x, *tensors, kept = ctx.saved_tensors
-        spec, seeds, wanted = ctx.spec, ctx.seeds, ctx.needs_input_grad[3:]
+        spec, seeds, wanted = ctx.spec, ctx.seeds, ctx.needs_input_grad[4:]
         if torch.is_grad_enabled() or dispatch.is_legacy_batch(g):
 
             def formula(x: Tensor, *tensors: Tensor) -> Tensor:
                 return reference.network(x, tensors, spec, seeds)
 
             found = iter(reference.differentiable_gradients(formula, (x, *tensors), g, wanted))
-            return (None, None, None, *[next(found) if is_wanted else None for is_wanted in wanted])
-        gradients = run_launch.backward(g, spec, tensors, x, kept, seeds, ctx.every, wanted)
-        return (None, None, None, *gradients)
+            return (None, None, None, None, *[next(found) if is_wanted else None for is_wanted in wanted])
+        watched = recording.of(ctx.watch) if ctx.watch else None
+        gradients = run_launch.backward(g, spec, tensors, x, kept, seeds, ctx.every, wanted, watched)
+        return (None, None, None, None, *gradients)

@@ -40,3 +40,11 @@ class StackTiles(NamedTuple):
 
     forward: StackTile
     backward: StackTile
+
+
+class SumTile(NamedTuple):
+    """BLOCK_M × BLOCK_N of a sum's numbers per program."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    warps: int

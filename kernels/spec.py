@@ -14,6 +14,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh", "sin", "none")
 ORDERS = ("pre", "post")
 SUMMED_SKIPS = ("none", "identity", "residual", "projection")  # concat puts skip and branch side by side instead
 WAYS = ("lanes", "dots", "blocks", "layers")  # in which the CPU engine cuts its work
+PER = ("all", "stretch", "column")  # what has a branch scale of its own in a View
 
 
 class Operands(NamedTuple):
@@ -42,6 +43,7 @@ class LayerSpec(NamedTuple):
     drop_path: float = 0.0  # probability that a row loses its branch
     recompute: bool = False  # backward recomputes z instead of keeping it
     batch_invariant: bool = False  # one tile class, whatever the number of rows
+    watch: int = 0  # the number by which its gradient is recorded (`fusedres/recording.py`); 0: it is not
 
     @property
     def activates_sum(self) -> bool:
@@ -82,6 +84,39 @@ class Gradients(NamedTuple):
     projection_bias: Tensor | None
     skip_scale: Tensor | None
     branch_scale: Tensor | None
+
+
+class Terms(NamedTuple):
+    """Of y = a drop(branch) + λ x: branch, x [...] of one shape; branch_scale [], or [C, 1, …] to broadcast with them;
+    skip_scale []; seed [] int64 on the CPU. Options are a `LayerSpec` of skip "residual" and activation "none"."""
+
+    branch: Tensor
+    x: Tensor
+    branch_scale: Tensor | None = None
+    skip_scale: Tensor | None = None
+    seed: Tensor | None = None
+
+
+class WantedTerms(NamedTuple):
+    """Which of the terms a backward is asked to differentiate."""
+
+    branch: bool
+    x: bool
+    branch_scale: bool
+    skip_scale: bool
+
+
+class View(NamedTuple):
+    """Dense memory as `stretches` of `length` numbers each, of which stretches / samples in a row make a sample.
+
+    A branch scale is one for all; or [channels], of every stretch in turn, or of the columns of a stretch's rows.
+    """
+
+    stretches: int
+    length: int
+    samples: int
+    channels: int
+    per: int  # index in PER
 
 
 class Slots(NamedTuple):

@@ -95,7 +95,17 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         call = getattr(launch, name)
         return lambda *arguments: (launches.append(name), call(*arguments))[1]
 
-    for name in ("forward", "backward", "network_forward", "network_backward", "run"):
+    kinds = (
+        "forward",
+        "backward",
+        "network_forward",
+        "network_backward",
+        "run",
+        "statistics",
+        "residual_forward",
+        "residual_backward",
+    )
+    for name in kinds:
         monkeypatch.setattr(launch, name, counted(name))
     return launches
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 CPU = "test_cpu.py test_exact.py -k cpu"
 STACK = "test_stack_kernels.py"
+SUM = "test_residual.py -k not compiled and not opcheck"
 
 
 class Mutation(NamedTuple):
@@ -274,8 +275,236 @@ MUTATIONS = {
         "[t if is_wanted else t for",
         "test_stack_changes.py",
     ),
+    "check: third digit of GELU unseen": Mutation(
+        "kernels/cpu/activations.h", "8.827535014e-1f", "8.83e-1f", "test_cli_check.py -k test_check"
+    ),
+    "check: what raises has held": Mutation(
+        "fusedres/cli/selftest.py", 'what, not wrong, f"', 'what, True, f"', "test_cli_check.py"
+    ),
+    "compare: a unit of one rounding": Mutation(
+        "fusedres/gradients/verdict.py", "worst / max(worst_of_eager, floor)", "worst / floor", "test_compare.py"
+    ),
+    "compare: a unit of nothing": Mutation(
+        "fusedres/gradients/verdict.py",
+        "rms / max(rms_of_eager, 0.29 * floor)",
+        "rms / max(rms_of_eager, 1e-300)",
+        "test_compare.py",
+    ),
+    "compare: no rms": Mutation(
+        "fusedres/gradients/verdict.py", "errors.numbers >= FEW and", "False and", "test_compare.py"
+    ),
+    "compare: luck of eager's everywhere": Mutation(
+        "fusedres/gradients/verdict.py", "if errors.roundings <= self.roundings:", "if False:", "test_compare.py"
+    ),
+    "compare: a truth of nothing has no rounding": Mutation(
+        "fusedres/gradients/verdict.py", " if largest > 0 else torch.finfo(torch.float64).eps)", ")", "test_compare.py"
+    ),
+    "compare: what is not finite differs from nothing": Mutation(
+        "fusedres/gradients/verdict.py",
+        "if not (math.isfinite(absolute) and math.isfinite(largest)):",
+        "if False:",
+        "test_compare.py",
+    ),
+    "compare: the last layer's verdict for all": Mutation(
+        "fusedres/gradients/compare.py",
+        "all(layer.verdict == AGREES for layer in self.layers.values())",
+        "list(self.layers.values())[-1].verdict == AGREES",
+        "test_compare.py",
+    ),
+    "compare: a truth that draws other numbers": Mutation(
+        "fusedres/gradients/truth.py", "if has_drawn and (", "if False and (", "test_compare.py"
+    ),
+    "compare: a float64 copy of float32 numbers": Mutation(
+        "fusedres/gradients/truth.py", "deepcopy(eager).double()", "deepcopy(eager)", "test_compare.py"
+    ),
+    "command line: a verdict of 0 always": Mutation(
+        "fusedres/cli/compare.py", "Answer(comparison.exit_code,", "Answer(0,", "test_cli.py test_cli_models.py"
+    ),
+    "command line: notes beside the JSON": Mutation(
+        "fusedres/cli/__init__.py", "if options.json else nullcontext()", "if False else nullcontext()", "test_cli.py"
+    ),
     "C++: backward hidden from modes": Mutation(
         "kernels/cpu/node.h", " || !is_plain(g) || !is_plain(x)", "", "test_network_autograd.py"
+    ),
+    "vanish: no network takes a skip": Mutation(
+        "fusedres/studies/vanish.py", '"auto" if has_skips else None', "None", "test_study_vanish.py"
+    ),
+    "vanish: dz without φ'": Mutation(
+        "fusedres/studies/vanish.py", "torch.autograd.grad(F.gelu(z), z, one.g)", "(one.g,)", "test_study_vanish.py"
+    ),
+    "vanish: zeros are those of the plain network": Mutation(
+        "fusedres/studies/vanish.py", "build(case.sizes).to", "build(case.sizes[:1] * 2).to", "test_study_vanish.py"
+    ),
+    "halves: the skip reads the branch's view": Mutation(
+        "fusedres/studies/halves.py",
+        "else h.view_as(h)\n        skip = through_skip",
+        "else h.view_as(h)\n        skip = through_branch",
+        "test_study_vanish.py",
+    ),
+    "halves: Πλ without λ": Mutation(
+        "fusedres/studies/halves.py", "norm = abs(scale) * (", "norm = (", "test_study_vanish.py"
+    ),
+    "lambda: h is the skip of a block": Mutation(
+        "fusedres/studies/skip_scale.py",
+        "self.second(self.first(x), x)",
+        "self.second(self.first(x))",
+        "test_study_lambda.py",
+    ),
+    "lambda: ReLU passes everything": Mutation(
+        "fusedres/studies/skip_scale.py", "torch.where(y > 0, dy, 0.0)", "dy", "test_study_lambda.py"
+    ),
+    "lambda: λ is 1": Mutation(
+        "fusedres/studies/skip_scale.py", "skip_scale=scale, branch", "skip_scale=1.0, branch", "test_study_lambda.py"
+    ),
+    "fan: Πλ of one layer more": Mutation(
+        "fusedres/gradients/fan.py", "[scale**k for", "[scale ** (k + 1) for", "test_study_lambda.py"
+    ),
+    "shortcut: projections not taken": Mutation(
+        "fusedres/studies/shortcut.py", '"projection": "projection"}', '"projection": None}', "test_study_shortcut.py"
+    ),
+    "shortcut: projections not counted": Mutation(
+        "fusedres/studies/shortcut.py", "(1 + is_projected)", "1", "test_study_shortcut.py"
+    ),
+    "depth: residual networks without skips": Mutation(
+        "fusedres/studies/depth.py", '("identity", 1 / self.depth)', "(None, 1 / self.depth)", "test_study_depth.py"
+    ),
+    "lesion: always the last layer": Mutation(
+        "fusedres/studies/lesion.py",
+        'own[f"layers.{i}.0.{name}"]',
+        'own[f"layers.{place}.0.{name}"]',
+        "test_study_depth.py",
+    ),
+    "lesion: the removed layer's scale stays": Mutation(
+        "fusedres/studies/lesion.py",
+        "enumerate(recipe.layers) if i != layer",
+        "enumerate(recipe.layers) if i != 0",
+        "test_study_depth.py",
+    ),
+}
+
+
+MUTATIONS |= {
+    "sum: da of dropped samples": Mutation(
+        "kernels/triton/residual.py",
+        "da = drop_rows(da, m",
+        "da = drop_rows(g, m",
+        "test_residual.py -k triton and nan",
+    ),
+    "sum: λ ignored": Mutation("kernels/triton/residual.py", "y += scale(lam_ptr, lam) *", "y +=", SUM),
+    "sum: channels by the row before": Mutation("kernels/triton/residual.py", "ptr + m % C", "ptr + (m + 1) % C", SUM),
+    "sum: samples of one row": Mutation(
+        "kernels/triton/residual.py", "run = M // view.samples", "run = 1", "test_residual.py -k channel_dimension"
+    ),
+    "sum: partial sums of the first tile of columns": Mutation(
+        "kernels/triton/residual.py", "tl.program_id(0) % tiles", "0", "test_residual.py -k channel_dimension"
+    ),
+    "sum: g passed on where λ is not 1": Mutation(
+        "fusedres/residual_ops.py", "passes_x = terms[3] is None and spec.skip_scale == 1.0", "passes_x = True", SUM
+    ),
+    "sum: a branch laid out otherwise": Mutation(
+        "fusedres/residual_launch.py", "if tensor.stride() == layout:", "if tensor.is_contiguous():", SUM
+    ),
+    "sum: samples that do not lie one by one": Mutation(
+        "fusedres/residual_launch.py",
+        "is_by_sample = not drops or",
+        "is_by_sample = True or",
+        "test_residual.py -k layout",
+    ),
+    "sum: the formula's da of dropped samples": Mutation(
+        "fusedres/reference.py", "(g * dropped(branch))", "(g * branch)", "test_residual.py -k second"
+    ),
+    "C++: sum: last numbers of a dot product": Mutation(
+        "kernels/cpu/residual_loops.h", "if (i < n) sums[1]", "if (false) sums[1]", "test_residual.py -k cpu and scale"
+    ),
+    "C++: sum: dropped samples written": Mutation(
+        "kernels/cpu/residual_loops.h",
+        "if (!line.is_kept)\n                    std",
+        "if (false)\n                    std",
+        "test_residual.py -k cpu and gone",
+    ),
+    "C++: sum: columns of a part of a row": Mutation(
+        "kernels/cpu/residual_loops.h",
+        "scales.get() + (call.channels > LINE ? line.column : 0)",
+        "scales.get()",
+        "test_residual.py -k cpu and channel_dimension",
+    ),
+    "C++: sum: keep_scale missing in da": Mutation(
+        "kernels/cpu/residual_loops.h",
+        "lines.keep_scale() * dot(n, g, b)",
+        "dot(n, g, b)",
+        "test_residual.py -k cpu and scale",
+    ),
+    "C++: sum: one share's sums": Mutation(
+        "kernels/cpu/residual_loops.h",
+        "row < lines.shares * width; row += K",
+        "row < width; row += K",
+        "test_residual.py -k cpu and channel_dimension",
+    ),
+    "C++: record: exponents half as fine": Mutation(
+        "kernels/cpu/record.h",
+        "bits >> Bits::MANTISSA);\n            most",
+        "bits >> (Bits::MANTISSA + 1));\n            most",
+        "test_recording.py -k cpu and exponents",
+    ),
+    "C++: record: halves exchanged": Mutation(
+        "kernels/cpu/record.h",
+        "row[is_skip ? recorded::SKIP : recorded::BRANCH] +=",
+        "row[is_skip ? recorded::BRANCH : recorded::SKIP] +=",
+        "test_recording.py -k cpu and every_way and blocks",
+    ),
+    "C++: record: what cancels is lost": Mutation(
+        "kernels/cpu/record.h",
+        "(has_no_unit || !std::isfinite(of_first + of_second))",
+        "!std::isfinite(of_first + of_second)",
+        "test_recording.py -k cpu and cancel",
+    ),
+    "C++: record: lanes of rows that are not there": Mutation(
+        "kernels/cpu/lanes_backward.h",
+        "record->add(l, dh, R, K, count)",
+        "record->add(l, dh, R, K, R)",
+        "test_recording.py -k cpu and every_way and lanes",
+    ),
+    "C++: record: no half held in layers": Mutation(
+        "kernels/cpu/layers.h",
+        "if (record && is_identity) record->hold(",
+        "if (false) record->hold(",
+        "test_recording.py -k cpu and every_way and layers",
+    ),
+    "record: sums of another unit": Mutation(
+        "kernels/triton/record.py",
+        "kept = before * inverse",
+        "kept = 1.0",
+        "test_recording.py -k triton and lost or test_runs",
+    ),
+    "record: rows outside the tile counted": Mutation(
+        "kernels/triton/record.py",
+        "tl.where(e == 0, size - inside, 0)",
+        "tl.where(e == 0, 0, 0)",
+        "test_recording.py -k triton and test_stacks",
+    ),
+    "record: the largest of parts added": Mutation(
+        "fusedres/recording.py",
+        "found[..., record.LARGEST] = stacked[..., record.LARGEST].amax(1)",
+        "found[..., record.LARGEST] = stacked[..., record.LARGEST].sum(1)",
+        "test_recording.py -k triton and lost",
+    ),
+    "record: a scaler's scale left in": Mutation(
+        "fusedres/gradients/recorder.py",
+        'return scale.reciprocal() if device.type != "cpu" else 1.0 / float(scale)',
+        "return 1.0",
+        "test_recorder.py -k scaler and cpu",
+    ),
+    "record: λ missing on the path of skips": Mutation(
+        "fusedres/gradients/watch.py",
+        "path *= abs(scale)",
+        "path *= 1.0",
+        "test_recording.py -k path_of_skips and cpu",
+    ),
+    "record: the first readouts let go": Mutation(
+        "fusedres/gradients/recorder.py",
+        "self._kept[::2]",
+        "self._kept[1::2]",
+        "test_recorder.py -k spread",
     ),
 }
 

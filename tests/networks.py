@@ -163,4 +163,4 @@ def operator_arguments(case: Case) -> tuple:
     tensors = case.tensors()
     network = case.network(tensors)
     seeds = philox.draw_seeds(network.spec.dropping, case.depth) if case.drop_path else None
-    return (tensors["x"], list(network._tensors), seeds, *plan.encoded(network.spec))
+    return (tensors["x"], list(network._tensors), seeds, *plan.encoded(network.spec), 0)

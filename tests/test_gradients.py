@@ -1,4 +1,4 @@
-"""Readouts: what they say against plain .grad, what they leave behind, and that a wrong gradient shows."""
+"""Readouts: what they say against plain .grad, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -9,26 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from twins import twins
 
-import fusedres
-from fusedres import FusedResidualLinear, FusedResidualStack, compare_gradients, gradient_profile
+from fusedres import FusedResidualLinear, gradient_profile
 from fusedres.reference import ProjectionStack, ShapeGatedStack
 
 CASE_1 = [3] * 13 + [1]
 CASE_2 = [128, 256, 512, 1024, 512, 256, 128, 1]
 SIZES_D = [128, 64, 32, 16, 8, 1]
-
-# Of a parameter's largest gradient: fused and eager sum in fp32 in different orders, some 1e-7 apart at each layer and
-# 1e-5 in all, as measured over many seeds.
-FP32_ROUNDING = 1e-4
-
-
-def twins(fused, eager, *arguments, device="cpu"):
-    """Both from the same draws."""
-    torch.manual_seed(0)
-    first = fused(*arguments).to(device)
-    torch.manual_seed(0)
-    return first, eager(*arguments).to(device)
 
 
 # ------------------------------------------------------------------------------------------------ what is said
@@ -42,7 +30,7 @@ def test_profile_is_the_mean_of_what_backward_writes():
     loss.backward()
     expected = {name: p.grad.abs().mean().item() for name, p in by_hand.named_parameters() if name.endswith("weight")}
     assert profile.loss == loss.item()
-    assert profile.mean_abs == expected
+    assert profile.mean_abs == pytest.approx(expected, rel=1e-6)  # which sum in another order
     assert list(profile.mean_abs) == [f"layers.{i}.0.weight" for i in range(13)]
 
 
@@ -56,7 +44,8 @@ def test_target_and_loss_fn():
     ):
         expected = torch.autograd.grad(loss, by_hand.layers[0][0].weight)[0].abs().mean().item()
         profile = gradient_profile(model, x, *arguments)
-        assert (profile.loss, profile.mean_abs["layers.0.0.weight"]) == (loss.item(), expected)
+        assert profile.loss == loss.item()
+        assert profile.mean_abs["layers.0.0.weight"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -170,95 +159,16 @@ def test_it_reads_where_gradients_are_switched_off():
         assert gradient_profile(model, x) == expected
 
 
-# ------------------------------------------------------------------------------------------------ comparison
-
-
-def fused_stack(sizes, has_skips=True):
-    return FusedResidualStack(sizes, skip="auto" if has_skips else None)
-
-
-def fused_projections(sizes, has_skips=True):
-    return FusedResidualStack(sizes, skip="projection" if has_skips else None)
-
-
-@pytest.mark.parametrize(
-    ("fused", "eager", "sizes", "leading"),
-    [
-        (fused_stack, ShapeGatedStack, CASE_1, ()),
-        (fused_stack, ShapeGatedStack, [16, 32, 64, 32, 16, 1], ()),
-        (fused_projections, ProjectionStack, SIZES_D, (10,)),
-        (fused_projections, ProjectionStack, [8, 8, 4, 4, 1], (2, 3)),
-    ],
-    ids=["A1", "A2-narrow", "D", "D-identity-and-projection"],
-)
-@pytest.mark.parametrize("has_skips", [True, False], ids=["skips", "plain"])
-def test_fused_networks_have_the_gradients_of_eager_ones(fused, eager, sizes, leading, has_skips, device):
-    first, second = twins(fused, eager, sizes, has_skips, device=device)
-    x = torch.randn(*leading, sizes[0], device=device)
-    comparison = compare_gradients(first, second, x)
-
-    values, twins_values = first.state_dict(), second.state_dict()
-    assert all(torch.equal(values[name], twins_values[name]) for name in twins_values)
-    assert comparison.largest_relative_difference < FP32_ROUNDING
-    assert set(comparison.relative_difference) == {name for name, _ in second.named_parameters()}
-    assert comparison.fused.skips == comparison.eager.skips
-    assert comparison.fused.skips in comparison.table()
-    assert all(name in comparison.table() for name in comparison.eager.mean_abs)
-    with fusedres.eager():
-        assert compare_gradients(first, second, x).largest_relative_difference == 0
-
-
-def test_fused_networks_run_the_kernels(device):
-    model = fused_projections([8, 8, 4, 1]).to(device)
-    calls = fusedres.explain(model, torch.randn(2, 8, device=device))
-    assert [call.backend.split("-")[0] for call in calls] == ["triton"] * 3
-    with fusedres.eager():
-        calls = fusedres.explain(model, torch.randn(2, 8, device=device))
-    assert [call.backend for call in calls] == ["eager"] * 3
-
-
-@pytest.mark.parametrize("name", ["layers.1.0.weight", "layers.0.0.bias", "projections.1.weight"])
-def test_a_wrong_gradient_shows(name):
-    wrong, right = twins(ProjectionStack, ProjectionStack, [8, 8, 4, 1])
-    wrong.get_parameter(name).register_hook(lambda gradient: 1.001 * gradient)
-    comparison = compare_gradients(wrong, right, torch.randn(5, 8))
-    assert comparison.largest_relative_difference == pytest.approx(1e-3, rel=1e-2)
-    assert [at for at, difference in comparison.relative_difference.items() if difference > 0] == [name]
-    assert f"({name})" in comparison.table().splitlines()[-1]
-
-
-def test_both_models_draw_the_same_numbers():
-    first, second = twins(*[lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 1))] * 2)
-    assert compare_gradients(first, second, torch.randn(4, 8)).largest_relative_difference == 0
-
-
-@pytest.mark.parametrize(
-    ("fused_factor", "eager_factor", "expected"),
-    [(0.0, 0.0, 0.0), (1.0, 0.0, math.inf), (0.0, 1.0, 1.0), (math.nan, 1.0, math.inf), (math.inf, math.inf, math.inf)],
-    ids=["both-zero", "only-eager-zero", "only-fused-zero", "nan", "both-infinite"],
-)
-def test_relative_difference_at_the_edges(fused_factor, eager_factor, expected):
-    fused, eager = twins(nn.Linear, nn.Linear, 3, 3)
-    fused.weight.register_hook(lambda gradient: gradient * fused_factor)
-    eager.weight.register_hook(lambda gradient: gradient * eager_factor)
-    comparison = compare_gradients(fused, eager, torch.ones(3))
-    assert comparison.relative_difference["weight"] == expected
-    assert comparison.largest_relative_difference == expected
-
-
 # ------------------------------------------------------------------------------------------------ pictures
 
 
 @pytest.mark.parametrize("model", [ShapeGatedStack(CASE_1), nn.Linear(3, 1)], ids=["stack", "one-weight"])
-def test_pictures_are_written(model, tmp_path):
+def test_pictures_are_written(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import raises: the user's backend stays the user's
     gradient_profile(model, torch.ones(3)).plot(tmp_path / "profile.png")
-    compare_gradients(model, model, torch.ones(3)).plot(tmp_path / "comparison.pdf")
     nothing = gradient_profile(model, torch.ones(3), loss_fn=lambda y: (0 * y).sum())
     nothing.plot(str(tmp_path / "zeros.png"))
-    assert [(tmp_path / name).stat().st_size > 5000 for name in ("profile.png", "comparison.pdf", "zeros.png")] == [
-        True
-    ] * 3
-    assert "matplotlib.pyplot" not in sys.modules  # so that the user's backend stays the user's
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("profile.png", "zeros.png"))
 
 
 def test_zeros_and_infinities_are_marked_at_the_edges():
@@ -317,14 +227,3 @@ def test_a_model_that_returns_no_tensor_needs_a_loss_fn():
     with pytest.raises(TypeError, match="without a loss_fn the model must return a tensor, got tuple"):
         gradient_profile(model, ONES)
     gradient_profile(model, ONES, loss_fn=lambda output: output[0].sum())
-
-
-def test_models_with_other_parameters_cannot_be_compared():
-    with pytest.raises(ValueError, match=r"same names: fused lacks bias$"):
-        compare_gradients(nn.Linear(3, 2, bias=False), LINEAR, ONES)
-    with pytest.raises(ValueError, match=r"same names: fused lacks weight, bias; eager lacks 0\.weight, 0\.bias$"):
-        compare_gradients(nn.Sequential(nn.Linear(3, 2)), LINEAR, ONES)
-    with pytest.raises(ValueError, match=r"weight must be \[2, 3\], its shape in eager, got \[4, 3\] in fused"):
-        compare_gradients(nn.Linear(3, 4), LINEAR, ONES)
-    with pytest.raises(TypeError, match=r"eager must be a torch\.nn\.Module, got function"):
-        compare_gradients(LINEAR, lambda x: x, ONES)

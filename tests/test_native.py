@@ -594,6 +594,40 @@ def test_a_built_library_that_does_not_load_is_a_reason(cache, monkeypatch):
     assert len(warned) == 1
 
 
+# What would be done
+
+
+def test_the_outlook_builds_and_makes_nothing(cache, monkeypatch):
+    expected = native.Outlook("to build", "not built yet: the first call builds it, once, in 10 to 30 seconds")
+    assert native.outlook() == expected
+    assert not cache.exists()
+    assert not torch.ops.loaded_libraries
+    cache.mkdir(0o700)
+    assert native.outlook() == expected
+    assert not list(cache.iterdir())
+
+
+def test_the_outlook_loads_what_is_there(cache, monkeypatch):
+    path = native.build(toolchain.level())
+    assert native.outlook() == native.Outlook("loaded", "it lay in the cache")
+    assert loaded() == path
+    assert native.outlook().because == "this process has loaded it"
+    assert missing() == (None, [])
+
+
+def test_the_outlook_says_what_is_in_the_way(cache, monkeypatch):
+    cache.mkdir()
+    cache.chmod(0o777)
+    state, because = native.outlook()
+    assert state == "to build"
+    assert because.startswith("not built yet: every process builds its own, as others than its owner may write to ")
+    monkeypatch.setenv("CXX", "/nonexistent")
+    assert native.outlook() == native.Outlook("none", "no C++ compiler: CXX=/nonexistent names no program")
+    monkeypatch.setenv("FUSEDRES_NATIVE", "0")
+    assert native.outlook() == native.Outlook("none", "FUSEDRES_NATIVE=0 switches them off")
+    assert missing()[0] == native.outlook().because
+
+
 # The command
 
 
@@ -610,4 +644,4 @@ def test_build_prints_the_library_and_seconds(cache, capsys):
 def test_build_fails_with_the_reason(cache, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "/nonexistent")
     assert cli.main(["build"]) == 2
-    assert capsys.readouterr().err == "no C++ compiler: CXX=/nonexistent names no program\n"
+    assert capsys.readouterr().err == "fusedres build: no C++ compiler: CXX=/nonexistent names no program\n"

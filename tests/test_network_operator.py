@@ -148,6 +148,6 @@ def test_the_call_of_the_operator_is_the_networks_own():
     network = case.network(tensors)
     torch.manual_seed(2)
     seeds = network_ops.draw_seeds(network.spec.dropping, case.depth)
-    y = torch.ops.fusedres.residual_network(tensors["x"], network._tensors, seeds, *plan.encoded(network.spec))
+    y = torch.ops.fusedres.residual_network(tensors["x"], network._tensors, seeds, *plan.encoded(network.spec), 0)
     torch.manual_seed(2)
     assert_close(network(tensors["x"], training=True), y, **SINGLE)

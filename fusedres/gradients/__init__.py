@@ -1,6 +1,20 @@
-"""Readouts of how gradient reaches the layers of a model: profiles, comparisons, pictures."""
+"""Readouts of how gradient reaches the layers of a model: profiles, recordings, comparisons, pictures."""
 
 from .compare import GradientComparison, compare_gradients
-from .profile import GradientProfile, gradient_profile
+from .readout import GradientProfile, profile
+from .recorder import Recorder
+from .statistics import Halves, InputGradient, Statistics
 
-__all__ = ["GradientComparison", "GradientProfile", "compare_gradients", "gradient_profile"]
+gradient_profile = profile
+
+__all__ = [
+    "GradientComparison",
+    "GradientProfile",
+    "Halves",
+    "InputGradient",
+    "Recorder",
+    "Statistics",
+    "compare_gradients",
+    "gradient_profile",
+    "profile",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -107,7 +108,7 @@ def _draw_series(axes: Axes, one: Series, places: Mapping[str, int]) -> None:
     size = 5 if one.marker == "." else 9
     for i, points in enumerate(kinds.values()):
         axes.plot(
-            *zip(*points, strict=True),
+            *zip(*_broken(points, len(kinds)), strict=True),
             color=one.color,
             linestyle=one.line,
             marker=one.marker,
@@ -115,6 +116,16 @@ def _draw_series(axes: Axes, one: Series, places: Mapping[str, int]) -> None:
             markerfacecolor=one.color if one.marker == "." else "none",
             label=one.label if i == 0 else None,
         )
+
+
+def _broken(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """With a gap where more than `most` places lie between: a stem and a head have one name's form, and no line."""
+    found = [points[0]]
+    for before, here in pairwise(points):
+        if here[0] - before[0] > most:
+            found.append((before[0] + 0.5, math.nan))
+        found.append(here)
+    return found
 
 
 def _mark_edge(axes: Axes, edge: Edge, series: Sequence[Series], places: Mapping[str, int]) -> None:

@@ -72,6 +72,8 @@ class FusedResidualStack(nn.Module):
     branch_scales: Any
     _bound: _Bound | None = None
 
+    watch: int = 0  # the number by which its first layer's gradient is recorded; 0: none is
+
     def __init__(
         self,
         sizes: Sequence[int],
@@ -120,6 +122,22 @@ class FusedResidualStack(nn.Module):
         """Whether each layer takes a skip."""
         return [layer.skip != "none" for layer in self.recipe.layers]
 
+    @property
+    def watched_layers(self) -> list[str]:
+        """The layers whose gradients are recorded under `watch` and the numbers after it."""
+        return [f"layers.{i}" for i in range(len(self.layers))]
+
+    @property
+    def identity_scales(self) -> list[float | Tensor | None]:
+        """λ of each layer whose skip is x itself, with no activation after the sum; None of the others."""
+        learned = self.by_layer() if self.recipe.learns_skip_scale else {}
+        return [
+            learned.get(_NAMES["skip_scale"].format(i), layer.skip_scale)
+            if layer.skip == "identity" and not layer.activates_sum
+            else None
+            for i, layer in enumerate(self.recipe.layers)
+        ]
+
     def reset_parameters(self) -> None:
         """nn.Linear's initialisation, drawn layer after layer, then for the projections; scales start as told to."""
         for linear in [*(layer[0] for layer in self.layers), *self.projections.values()]:
@@ -143,12 +161,14 @@ class FusedResidualStack(nn.Module):
         """x [..., d₀] -> [..., d_L]."""
         # compilers and transforms call with tensors of their own, which are not to outlive the call
         if torch.compiler.is_compiling() or dispatch.transforms_are_active():
-            return Described(self._description, self._tensors())(x, self.training)
+            return Described(self._description, self._tensors()).watch(self.watch)(x, self.training)
         bound = self._bound
         if bound is None or not bound.is_current:
             network, origins = Described(self._description, self._tensors()), self._origins()
             bound = _Bound(network, origins or [])
             self.__dict__["_bound"] = bound if origins else None
+        if self.watch != bound.network.watched:
+            bound.network.watch(self.watch)
         return bound.network(x, self.training)
 
     def _described(self) -> Description:

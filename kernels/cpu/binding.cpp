@@ -5,6 +5,7 @@
 #include <unordered_map>
 
 #include "node.h"
+#include "residual_tensors.h"
 #include "smooth.h"
 #include "tensors.h"
 
@@ -34,12 +35,50 @@ std::tuple<Tensor, Tensor> forward_operator(const Tensor &plan, const Parameters
 
 std::vector<Tensor> backward_operator(const Tensor &plan, const Parameters &parameters, const Tensor &x,
                                       const std::optional<Tensor> &residual, const std::optional<Tensor> &seeds,
-                                      const Tensor &kept, const Tensor &g, int64_t way, c10::List<bool> wanted) {
+                                      const Tensor &kept, const Tensor &g, int64_t way, c10::List<bool> wanted,
+                                      std::optional<double> unscale) {
     check_slots(plan, parameters.size());
     const Wishes wants(wanted.begin(), wanted.end());
-    std::vector<Tensor> found = run_backward(plan, listed(parameters), x, residual, seeds, kept, wants, g, way, wants);
+    Tensor record;
+    std::vector<Tensor> found = run_backward(plan, listed(parameters), x, residual, seeds, kept, wants, g, way, wants,
+                                             unscale.value_or(0), unscale ? &record : nullptr);
+    found.push_back(record);
     found.erase(std::remove_if(found.begin(), found.end(), [](const Tensor &t) { return !t.defined(); }), found.end());
     return found;
+}
+
+// A row for each tensor, of its numbers and of the halves of them that came through a branch, if there are any.
+Tensor statistics(const std::vector<Tensor> &totals, const std::vector<Tensor> &branches, double unscale) {
+    TORCH_CHECK(branches.empty() || branches.size() == totals.size(), "a branch for each gradient expected, or none");
+    Tensor rows = at::zeros({int64_t(totals.size()), recorded::COLUMNS}, at::kDouble);
+    double *row = rows.mutable_data_ptr<double>();
+    for (size_t i = 0; i < totals.size(); i++, row += recorded::COLUMNS) {
+        const Tensor total = totals[i].resolve_neg().contiguous();
+        const Tensor branch = branches.empty() ? Tensor() : branches[i].resolve_neg().contiguous();
+        TORCH_CHECK(!branch.defined() || (branch.scalar_type() == total.scalar_type() && branch.numel() == total.numel()),
+                    "a branch of the gradient's size and dtype expected, got ", branches[i].sizes(), " for ", totals[i].sizes());
+        by_dtype(total.scalar_type(), [&](auto type) {
+            record_numbers<decltype(type)>(total.const_data_ptr(), branch.defined() ? branch.const_data_ptr() : nullptr,
+                                           total.numel(), unscale, at::in_parallel_region() ? 1 : at::get_num_threads(), row);
+        });
+    }
+    return rows;
+}
+
+Tensor residual_operator(const Tensor &branch, const Tensor &x, const std::optional<Tensor> &branch_scale,
+                         const std::optional<Tensor> &skip_scale, double branch_number, double skip_number,
+                         const std::optional<Tensor> &seed, int64_t drop_threshold, double keep_scale, at::IntArrayRef view) {
+    return run_residual(branch, x, {branch_scale, skip_scale, branch_number, skip_number, seed, drop_threshold, keep_scale, view});
+}
+
+std::vector<Tensor> residual_backward_operator(const Tensor &g, const std::optional<Tensor> &branch,
+                                               const std::optional<Tensor> &x, const std::optional<Tensor> &branch_scale,
+                                               const std::optional<Tensor> &skip_scale, double branch_number,
+                                               double skip_number, const std::optional<Tensor> &seed, int64_t drop_threshold,
+                                               double keep_scale, at::IntArrayRef view, c10::List<bool> wanted) {
+    const Wishes wants(wanted.begin(), wanted.end());
+    const Scaling scaling{branch_scale, skip_scale, branch_number, skip_number, seed, drop_threshold, keep_scale, view};
+    return run_residual_backward(g, branch, x, scaling, wants);
 }
 
 // ------------------------------------------------------------------------------------------------ bound networks
@@ -71,12 +110,12 @@ std::shared_ptr<const Bound> bound_as(int64_t handle) {
     return found->second;
 }
 
-Tensor run(int64_t handle, const Tensor &x, int64_t way, const std::optional<Tensor> &seeds, bool keep) {
+Tensor run(int64_t handle, const Tensor &x, int64_t way, const std::optional<Tensor> &seeds, bool keep, int64_t watch) {
     const std::shared_ptr<const Bound> network = bound_as(handle);
     const at::TensorList parameters = network->parameters;
     auto requires_grad = [](const Tensor &tensor) { return tensor.requires_grad(); };
     if (c10::GradMode::is_enabled() && (x.requires_grad() || std::any_of(parameters.begin(), parameters.end(), requires_grad)))
-        return ResidualNetwork::apply(x, parameters, Run{*network, seeds, way, keep});
+        return ResidualNetwork::apply(x, parameters, Run{*network, seeds, way, keep, watch});
     return run_forward(network->plan, parameters, x, std::nullopt, seeds, way, {}, nullptr);
 }
 
@@ -88,18 +127,29 @@ TORCH_LIBRARY(fusedres_cpu, library) {
     library.def("bind(Tensor plan, Tensor?[] parameters) -> int");
     library.def("unbind(int network) -> ()", fusedres::unbind);
     // An implementation for every key, autograd's too: it makes its node itself.
-    library.def("run(int network, Tensor x, int way, Tensor? seeds=None, bool keep=True) -> Tensor", fusedres::run);
+    library.def("run(int network, Tensor x, int way, Tensor? seeds=None, bool keep=True, int watch=0) -> Tensor", fusedres::run);
     library.def("activate(Tensor z, int activation) -> Tensor", fusedres::smooth);
     library.def(
         "forward(Tensor plan, Tensor?[] parameters, Tensor x, Tensor? residual, Tensor? seeds, int way, bool[] wanted, "
         "bool keep) -> (Tensor, Tensor)");
     library.def(
         "backward(Tensor plan, Tensor?[] parameters, Tensor x, Tensor? residual, Tensor? seeds, Tensor kept, Tensor g, "
-        "int way, bool[] wanted) -> Tensor[]");
+        "int way, bool[] wanted, float? unscale=None) -> Tensor[]");
+    library.def("statistics(Tensor[] totals, Tensor[] branches, float unscale) -> Tensor");
+    library.def(
+        "residual(Tensor branch, Tensor x, Tensor? branch_scale, Tensor? skip_scale, float branch_number, "
+        "float skip_number, Tensor? seed, int drop_threshold, float keep_scale, int[] view) -> Tensor");
+    library.def(
+        "residual_backward(Tensor g, Tensor? branch, Tensor? x, Tensor? branch_scale, Tensor? skip_scale, "
+        "float branch_number, float skip_number, Tensor? seed, int drop_threshold, float keep_scale, int[] view, "
+        "bool[] wanted) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(fusedres_cpu, CPU, library) {
     library.impl("bind", fusedres::bind);
     library.impl("forward", fusedres::forward_operator);
     library.impl("backward", fusedres::backward_operator);
+    library.impl("statistics", fusedres::statistics);
+    library.impl("residual", fusedres::residual_operator);
+    library.impl("residual_backward", fusedres::residual_backward_operator);
 }

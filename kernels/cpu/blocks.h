@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "gradients.h"
+#include "record.h"
 
 namespace fusedres {
 
@@ -142,8 +143,8 @@ void input_gradient(bool has_brgemm, const Layer &layer, const Rows &rows, const
 
 template <class T>
 void backward_block(const Call &call, const ReadyLayers<T> &ready, const KeptLayout<T> &layout, const Rows &rows,
-                    const BlockMemory<T> &forward, const BackwardMemory<T> &memory, Gradients<T> &gradients, T *dx,
-                    T *dresidual) {
+                    const BlockMemory<T> &forward, const BackwardMemory<T> &memory, Gradients<T> &gradients,
+                    Record<Compute<T>> *record, T *dx, T *dresidual) {
     using C = Compute<T>;
     for (int64_t l = call.depth - 1; l >= 0; l--) {
         const Layer &layer = call.layers[l];
@@ -175,10 +176,14 @@ void backward_block(const Call &call, const ReadyLayers<T> &ready, const KeptLay
         if (wants_dh) {
             const bool adds_skip = layer.skip == Skip::identity;
             if (adds_skip) std::fill(panel.dh + rows.count * K, panel.dh + rows.padded * K, C(0));
+            if (record && adds_skip) record->hold(panel.dh, K, rows.count, K, true);
             input_gradient<T>(call.has_brgemm, layer, rows, panel.dz, ld, ready[l].weight_back, panel.dh, adds_skip, 0, K,
                               layer.is_dropped);
-            if (layer.skip == Skip::projection)
+            if (layer.skip == Skip::projection) {
+                if (record) record->hold(panel.dh, K, rows.count, K, false);
                 input_gradient<T>(call.has_brgemm, layer, rows, panel.ds, ld, ready[l].projection_back, panel.dh, true, 0, K);
+            }
+            if (record) record->add(l, panel.dh, K, rows.count, K);
         }
     }
     gradients.is_empty = false;
@@ -199,6 +204,7 @@ void backward_blocks(const Call &call, const T *g, int64_t ldg, const T *kept, T
     const int64_t N = call.layers[call.depth - 1].N;
     const int members = int(std::min<int64_t>(call.threads, blocks));
     std::vector<std::unique_ptr<Gradients<T>>> gradients{size_t(members)};
+    const Records<C> records = records_of<C>(call, members);
     together(members, [&](const Team &team) {
         Gradients<T> &mine = *(gradients[size_t(team.member)] = std::make_unique<Gradients<T>>(call, true, team.member == 0));
         Buffer<T> scratch(8 * R * width), recomputed(kept ? 0 : R * layout.row_elements());
@@ -229,12 +235,13 @@ void backward_blocks(const Call &call, const T *g, int64_t ldg, const T *kept, T
             C *top = memory.g[(call.depth - 1) % 2];
             for (int64_t r = 0; r < rows.count; r++)
                 for (int64_t n = 0; n < N; n++) top[r * N + n] = wide(g[(rows.first + r) * ldg + n]);
-            backward_block(call, ready, layout, rows, forward, memory, mine, dx, dresidual);
+            backward_block(call, ready, layout, rows, forward, memory, mine, records[size_t(team.member)].get(), dx, dresidual);
         }
         if (IN_PAIRS<T>) brgemm_release(true);
         team.wait();
         write_gradients(team, call, gradients);
     });
+    write_records(call, records);
 }
 
 }  // namespace fusedres

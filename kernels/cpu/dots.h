@@ -2,30 +2,11 @@
 #pragma once
 
 #include "blocks.h"
+#include "wide.h"
 
 namespace fusedres {
 
 constexpr int64_t MOST_DOT_ROWS = 4;
-
-// W numbers from `from` on, widened; `count` of them where there are fewer, and zeros.
-template <class T>
-inline Vector<Compute<T>> load_wide(const T *from) {
-    using C = Compute<T>;
-    if constexpr (std::is_same_v<T, C>) {
-        return load(from);
-    } else {
-        typedef uint16_t Bits __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
-        typedef uint32_t WideBits __attribute__((vector_size(VECTOR_BYTES)));
-        WideBits bits = __builtin_convertvector(*reinterpret_cast<const Bits *>(from), WideBits) << 16;
-        return reinterpret_cast<Vector<C>>(bits);
-    }
-}
-template <class T>
-inline Vector<Compute<T>> load_some(const T *from, int64_t count) {
-    Vector<Compute<T>> some = {};
-    for (int64_t i = 0; i < count; i++) some[i] = wide(from[i]);
-    return some;
-}
 
 // z [ROWS][ldz]: columns [n, n + W / ROWS) of h Wᵀ. h [ROWS][ldh] in C, its rows followed by zeros up to a vector.
 template <class T, int ROWS>
@@ -280,6 +261,7 @@ void backward_dots(const Call &call, const T *g, int64_t ldg, const T *kept, T *
         kept = recomputed.get();
     }
     Buffer<C> gradients(2 * M * width);
+    const Records<C> records = records_of<C>(call, members);
     together(members, [&](const Team &team) {
         const LayerVectors<T> vectors(width);
         Buffer<C> scratch(M * ld + 4 * M * width + 2 * width);
@@ -331,13 +313,18 @@ void backward_dots(const Call &call, const T *g, int64_t ldg, const T *kept, T *
                                   rows_share.last, line);
             if (wants_dh) {
                 const auto [begin, end] = columns_share;
+                Record<C> *record = records[size_t(team.member)].get();
                 for (int64_t m = 0; m < M; m++)
                     for (int64_t k = begin; k < end; k++)
                         next[m * K + k] = layer.skip == Skip::identity ? dh[m * K + k] : C(0);
+                if (record && layer.skip == Skip::identity) record->hold(next + begin, K, M, end - begin, true);
                 if (!layer.is_dropped)
                     rows_of_weight<T>(M, N, K, dz, N, static_cast<const T *>(layer.weight), next, begin, end);
-                if (layer.skip == Skip::projection)
+                if (layer.skip == Skip::projection) {
+                    if (record) record->hold(next + begin, K, M, end - begin, false);
                     rows_of_weight<T>(M, N, K, ds, N, static_cast<const T *>(layer.projection), next, begin, end);
+                }
+                if (record) record->add(l, next + begin, K, M, end - begin);
                 if (l == 0)
                     for (int64_t m = 0; m < M; m++)
                         for (int64_t k = begin; k < end; k++) dx[m * K + k] = narrow<T>(next[m * K + k]);
@@ -345,6 +332,7 @@ void backward_dots(const Call &call, const T *g, int64_t ldg, const T *kept, T *
             team.wait();
         }
     });
+    write_records(call, records);
 }
 
 }  // namespace fusedres

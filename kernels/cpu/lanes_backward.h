@@ -115,7 +115,7 @@ void lanes_weight_gradient(int64_t R, const Layer &layer, const C *dz, const C *
 template <class T, class Lanes, class C = Compute<T>>
 C *backward_lanes_block(const Call &call, Lanes R, const LaneLayer<C> *parameters, const KeptLayout<C> &layout,
                         int64_t first_row, const LaneMemory<C> &memory, const C *kept, LaneGradients<T> &sums, C *g, C *dh,
-                        C *dz, C *turned, C *dresidual, bool wants_dx) {
+                        C *dz, C *turned, C *dresidual, bool wants_dx, Record<C> *record, int64_t count) {
     constexpr int W = LANES<C>;
     for (int64_t l = call.depth - 1; l >= 0; l--) {
         const Layer &layer = call.layers[l];
@@ -175,6 +175,7 @@ C *backward_lanes_block(const Call &call, Lanes R, const LaneLayer<C> *parameter
             store(sums.at(at.dskip), load(sums.at(at.dskip)) + total);
         }
 
+        if (record && wants_dh && is_identity) record->hold(dh, R, K, count, true);
         if (wants_dh && !layer.is_dropped)
             lanes_product<C>(R, K, N, given.weight, 1, K, nullptr, dz, dh, is_identity);
         else if (wants_dh && !is_identity)
@@ -185,8 +186,10 @@ C *backward_lanes_block(const Call &call, Lanes R, const LaneLayer<C> *parameter
         if (layer.skip == Skip::projection) {
             lanes_weight_gradient<C>(R, layer, g, h, lanes(at.dprojection), at.projection, turned, !sums.is_empty);
             if (at.dprojection_bias >= 0) lane_sums<C>(R, N, g, sums.at(at.dprojection_bias));
+            if (record && wants_dh) record->hold(dh, R, K, count, false);
             if (wants_dh) lanes_product<C>(R, K, N, given.projection, 1, K, nullptr, g, dh, true);
         }
+        if (record && wants_dh) record->add(l, dh, R, K, count);
         std::swap(g, dh);
     }
     sums.is_empty = false;
@@ -229,6 +232,7 @@ void backward_lanes(const Call &call, const T *g, int64_t ldg, const Compute<T> 
     const KeptLayout<C> layout(call);
     const int members = int(std::min<int64_t>(call.threads, blocks));
     std::vector<std::unique_ptr<LaneGradients<T>>> gradients{size_t(members)};
+    const Records<C> records = records_of<C>(call, members);
     together(members, [&](const Team &team) {
         auto &slot = gradients[size_t(team.member)];
         LaneGradients<T> &mine = *(slot = std::make_unique<LaneGradients<T>>(call, team.member == 0));
@@ -249,7 +253,8 @@ void backward_lanes(const Call &call, const T *g, int64_t ldg, const Compute<T> 
             to_lanes<T>(R, g + rows.first * ldg, ldg, rows.count, N, turns[0]);
             const C *found = with_lanes<C>(R, [&](auto R) {
                 return backward_lanes_block<T>(call, R, parameters.data(), layout, first_row, memory, block, mine, turns[0],
-                                               turns[1], turns[2], turned.get(), dresidual ? turns[3] : nullptr, dx != nullptr);
+                                               turns[1], turns[2], turned.get(), dresidual ? turns[3] : nullptr, dx != nullptr,
+                                               records[size_t(team.member)].get(), rows.count);
             });
             if (dx) from_lanes<T>(R, found, rows.count, K, dx + rows.first * K);
             if (dresidual) from_lanes<T>(R, turns[3], rows.count, N, dresidual + rows.first * N);
@@ -280,6 +285,7 @@ void backward_lanes(const Call &call, const T *g, int64_t ldg, const Compute<T> 
             }
         }
     });
+    write_records(call, records);
 }
 
 }  // namespace fusedres

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import ACTIVATIONS, Gradients, LayerSpec, NetworkSpec, Operands, Wanted
+from ..record import Recording
+from ..spec import ACTIVATIONS, Gradients, LayerSpec, NetworkSpec, Operands, Terms, View, Wanted, WantedTerms
 from .plan import layer_plan, plan
 
 
@@ -52,14 +53,20 @@ def forward(operands: Operands, spec: LayerSpec, way: int, keep: bool) -> tuple[
 
 
 def backward(
-    g: Tensor, operands: Operands, kept: Tensor | None, spec: LayerSpec, wanted: Wanted, way: int
+    g: Tensor,
+    operands: Operands,
+    kept: Tensor | None,
+    spec: LayerSpec,
+    wanted: Wanted,
+    way: int,
+    recording: Recording | None = None,
 ) -> Gradients:
     if spec.skip == "concat":
-        return _backward_of_concat(g, operands, kept, spec, wanted, way)
+        return _backward_of_concat(g, operands, kept, spec, wanted, way, recording)
     is_read = operands.skip_scale is not None or spec.activates_sum
     if spec.skip == "residual" and not is_read:
         alone, without = _without_skip(operands, spec)
-        gradients = backward(g, alone, kept, without, wanted._replace(residual=False), way)
+        gradients = backward(g, alone, kept, without, wanted._replace(residual=False), way, recording)
         return gradients._replace(residual=_scaled(g, operands, spec)) if wanted.residual else gradients
 
     parameters, layer = _bound(operands, spec)
@@ -68,7 +75,13 @@ def backward(
         kept = g.new_empty(0)
     order = (0, 3, 1, 2, 4, 5, 6, 7)  # of operands, as the engine has them: x, residual, parameters
     wishes = [wanted[i] for i in order if operands[i] is not None or i == 3]
-    found = iter(_engine.backward(layer, parameters, operands.x, operands.residual, seeds, kept, g, way, wishes))
+    given = (layer, parameters, operands.x, operands.residual, seeds, kept, g, way, wishes)
+    if recording is None or not wanted.x:
+        found = iter(_engine.backward(*given))
+    else:
+        *gradients, rows = _engine.backward(*given, float(recording.unscale))
+        recording.note(rows.unsqueeze(0))
+        found = iter(gradients)
     spread: list[Tensor | None] = [None] * len(order)
     for i in order:
         if wanted[i]:
@@ -110,21 +123,31 @@ def _scaled(value: Tensor, operands: Operands, spec: LayerSpec) -> Tensor:
 
 
 def _backward_of_concat(
-    g: Tensor, operands: Operands, kept: Tensor | None, spec: LayerSpec, wanted: Wanted, way: int
+    g: Tensor,
+    operands: Operands,
+    kept: Tensor | None,
+    spec: LayerSpec,
+    wanted: Wanted,
+    way: int,
+    recording: Recording | None,
 ) -> Gradients:
     skip = _skip_of(operands)
     g_skip, g_branch = g[..., : skip.shape[-1]], g[..., skip.shape[-1] :]
     alone, without = _without_skip(operands, spec)
     of_branch = wanted._replace(residual=False, skip_scale=False)
-    gradients = backward(g_branch, alone, kept, without, of_branch, way)
+    takes_x = operands.residual is None
+    gradients = backward(g_branch, alone, kept, without, of_branch, way, None if takes_x else recording)
     if wanted.skip_scale:
         wide = torch.promote_types(g.dtype, torch.float32)
         total = (g_skip.to(wide) * skip).sum(dtype=wide)
         gradients = gradients._replace(skip_scale=total.to(operands.skip_scale.dtype))
     if operands.residual is not None and wanted.residual:
         gradients = gradients._replace(residual=_scaled(g_skip, operands, spec))
-    elif operands.residual is None and wanted.x:
-        gradients = gradients._replace(x=gradients.x + _scaled(g_skip, operands, spec))
+    elif takes_x and wanted.x:
+        branch = gradients.x
+        gradients = gradients._replace(x=branch + _scaled(g_skip, operands, spec))
+        if recording is not None:
+            recording.note(statistics([gradients.x], [branch], float(recording.unscale)).unsqueeze(0))
     return gradients
 
 
@@ -140,11 +163,14 @@ def unbind(handle: int) -> None:
     _engine.unbind(handle)
 
 
-def run(handle: int, x: Tensor, way: int, seeds: Tensor | None, keep: bool) -> Tensor:
+def run(handle: int, x: Tensor, way: int, seeds: Tensor | None, keep: bool, watch: int = 0) -> Tensor:
     """y of a bound network, with its node in autograd's graph where something requires a gradient.
 
-    Without seeds no row drops; keep: whether backward finds activations, which are kept for a node alone.
+    Without seeds no row drops; keep: whether backward finds activations, which are kept for a node alone; watch: the
+    number by which gradients are recorded.
     """
+    if watch:
+        return _engine.run(handle, x, way, seeds, keep, watch)
     if seeds is None and keep:
         return _engine.run(handle, x, way)  # each argument costs its conversion
     return _engine.run(handle, x, way, seeds, keep)
@@ -170,7 +196,41 @@ def network_backward(
     seeds: Tensor | None,
     way: int,
     wanted: Sequence[bool],
+    recording: Recording | None = None,
 ) -> list[Tensor]:
     """The gradients of those wanted among x and the parameters, in their order; activations are computed again."""
     wishes = (wanted[0], False, *wanted[1:])
-    return _engine.backward(plan(spec), parameters, x, None, seeds, g.new_empty(0), g, way, wishes)
+    given = (plan(spec), parameters, x, None, seeds, g.new_empty(0), g, way, wishes)
+    if recording is None:
+        return _engine.backward(*given)
+    *gradients, rows = _engine.backward(*given, float(recording.unscale))
+    recording.note(rows.unsqueeze(0))
+    return gradients
+
+
+def statistics(totals: Sequence[Tensor], branches: Sequence[Tensor], unscale: float) -> Tensor:
+    """A row (`kernels/record.py`) for each gradient, and the half of it that came through a branch, if any."""
+    return _engine.statistics(totals, branches, unscale)
+
+
+# ---------------------------------------------------------------------------------------------- a sum of two terms
+
+
+def residual_forward(terms: Terms, spec: LayerSpec, view: View) -> Tensor:
+    """y = a drop(branch) + λ x, laid as both terms are."""
+    branch, x, branch_scale, skip_scale, seed = terms
+    return _engine.residual(branch, x, branch_scale, skip_scale, *_numbers(spec, seed), view)
+
+
+def residual_backward(
+    g: Tensor, terms: Sequence[Tensor | None], spec: LayerSpec, view: View, wanted: WantedTerms
+) -> list[Tensor]:
+    """The wanted gradients alone; terms are `Terms`, without those that backward does not read."""
+    branch, x, branch_scale, skip_scale, seed = terms
+    return _engine.residual_backward(g, branch, x, branch_scale, skip_scale, *_numbers(spec, seed), view, wanted)
+
+
+def _numbers(spec: LayerSpec, seed: Tensor | None) -> tuple:
+    if seed is None:
+        return spec.branch_scale, spec.skip_scale, None, 0, 1.0
+    return spec.branch_scale, spec.skip_scale, seed, spec.drop_threshold, spec.keep_scale

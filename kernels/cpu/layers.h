@@ -145,8 +145,10 @@ struct LayersState {
     Buffer<T> dz, ds;
     std::vector<Accumulator<T>> dweight, dprojection;
     std::vector<std::unique_ptr<Gradients<T>>> sums;  // by thread
+    Records<C> records;
 
-    LayersState(const Call &call, int64_t rows, int64_t width) : sums(size_t(call.threads)) {
+    LayersState(const Call &call, int64_t rows, int64_t width)
+        : sums(size_t(call.threads)), records(records_of<C>(call, call.threads)) {
         for (Buffer<C> &gradient : g) gradient = Buffer<C>(rows * width);
         dz = Buffer<T>(rows * width);
         bool has_projection = false;
@@ -225,15 +227,20 @@ void backward_layers_rows(const Call &call, const T *g, int64_t ldg, const T *ke
             if (wants_dh) {
                 const Grid grid(call.M, K, team.members);
                 const Team::Share share = team.share(grid.pieces());
+                Record<C> *record = state.records[size_t(team.member)].get();
                 for (int64_t piece = share.first; piece < share.last; piece++) {
                     const Rows rows = grid.panel(call, piece);
                     const int64_t r = rows.first, begin = grid.begin(piece), end = grid.end(piece);
                     C *to = next + r * K;
+                    if (record && is_identity) record->hold(to + begin, K, rows.count, end - begin, true);
                     input_gradient<T>(call.has_brgemm, layer, rows, dz + r * ld, ld, ready[0].weight_back, to, is_identity,
                                       begin, end, layer.is_dropped);
-                    if (layer.skip == Skip::projection)
+                    if (layer.skip == Skip::projection) {
+                        if (record) record->hold(to + begin, K, rows.count, end - begin, false);
                         input_gradient<T>(call.has_brgemm, layer, rows, ds + r * ld, ld, ready[0].projection_back, to, true,
                                           begin, end);
+                    }
+                    if (record) record->add(l, to + begin, K, rows.count, end - begin);
                     if (l == 0)
                         for (int64_t i = r; i < r + rows.count; i++)
                             for (int64_t k = begin; k < end; k++) dx[i * K + k] = narrow<T>(next[i * K + k]);
@@ -275,6 +282,7 @@ void backward_layers(const Call &call, const T *g, int64_t ldg, const T *kept, T
             if (state.sums[t]) sums[l].add(call.layers[l], state.sums[t]->sums[l]);
         write_sums<T>(call.layers[l], sums[l]);
     }
+    write_records(call, state.records);
 }
 
 }  // namespace fusedres

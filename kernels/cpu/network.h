@@ -25,6 +25,7 @@ enum class Way : int64_t {
 // Addresses are of contiguous T, null where there is none; numbers are read from learned scales beforehand.
 struct Layer {
     int64_t N, K;
+    int64_t place;  // in the network, whose layers are not all in every call
     Activation activation;
     bool is_post;
     Skip skip;
@@ -57,6 +58,8 @@ struct Call {
     int64_t ldx;
     const void *residual;  // [M, N], rows ldr apart; of a network of one layer
     int64_t ldr;
+    double *record;  // of backward: a row (record.h) for each layer of the network, zeroed; null where nothing is recorded
+    double unscale;  // what gradients are multiplied by before they are recorded
 };
 
 // y [M, N] dense. kept: `kept_bytes` of memory for backward to read, or null.
@@ -82,5 +85,9 @@ void backward(const Call &call, const void *g, int64_t ldg, const void *kept, vo
 
 template <class T>
 int64_t kept_bytes(const Call &call);
+
+// Adds to a row (record.h) what there is to record of `count` numbers of T, and of one of their halves, if given.
+template <class T>
+void record_numbers(const void *total, const void *branch, int64_t count, double unscale, int threads, double *row);
 
 }  // namespace fusedres

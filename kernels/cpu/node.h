@@ -22,6 +22,7 @@ struct Run {
     const std::optional<Tensor> &seeds;
     int64_t way;
     bool keep;
+    int64_t watch;  // the number by which the gradients of its layers are recorded; 0: they are not
 };
 
 // Whether the engine may read the tensor: nobody bends the call or looks on, and nothing stands for several tensors.
@@ -47,7 +48,7 @@ class ResidualNetwork : public torch::autograd::Function<ResidualNetwork> {
         saved.insert(saved.end(), parameters.begin(), parameters.end());
         context->save_for_backward(std::move(saved));
         context->saved_data["call"] =
-            c10::ivalue::Tuple::create(run.way, std::string(required.begin(), required.end()), run.bound.handle);
+            c10::ivalue::Tuple::create(run.way, std::string(required.begin(), required.end()), run.bound.handle, run.watch);
         return y;
     }
 
@@ -65,12 +66,17 @@ class ResidualNetwork : public torch::autograd::Function<ResidualNetwork> {
         std::vector<Tensor> found;
         if (c10::GradMode::is_enabled() || !is_plain(g) || !is_plain(x)) {
             wanted.erase(wanted.begin() + 1);
-            found = by_operator(g, x, parameters, seeds, saved[PLAN], wanted, is_plain(g) && is_plain(x) ? call[2].toInt() : 0);
+            found = by_operator(g, x, parameters, seeds, saved[PLAN], wanted, is_plain(g) && is_plain(x) ? call[2].toInt() : 0,
+                                call[3].toInt());
         } else {
             const std::string &given = call[1].toStringRef();
             const Wishes required(given.begin(), given.end());
+            const int64_t watch = call[3].toInt();
+            const double unscale = watch ? asked("fusedres::unscale", {watch}).toDouble() : 0;
+            Tensor record;
             found = run_backward(saved[PLAN], parameters, x, std::nullopt, seeds, saved[KEPT], required, g, call[0].toInt(),
-                                 wanted);
+                                 wanted, unscale, unscale ? &record : nullptr);
+            if (unscale) asked("fusedres::note", {record.unsqueeze(0), watch});
             found.erase(found.begin() + 1);
         }
         found.emplace_back();  // of Run
@@ -78,14 +84,20 @@ class ResidualNetwork : public torch::autograd::Function<ResidualNetwork> {
     }
 
   private:
+    // What an operator that Python has defined answers, if anything.
+    static c10::IValue asked(const char *name, std::vector<c10::IValue> stack) {
+        c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(stack);
+        return stack.empty() ? c10::IValue() : stack.front();
+    }
+
     // By the operator that torch.vmap batches and dispatch modes see; or, to be differentiated again, through the formula,
     // told which network this is (0: by the operator).
     static std::vector<Tensor> by_operator(const Tensor &g, const Tensor &x, at::TensorList parameters,
                                            const std::optional<Tensor> &seeds, const Tensor &plan,
-                                           c10::ArrayRef<bool> wanted, int64_t network) {
+                                           c10::ArrayRef<bool> wanted, int64_t network, int64_t watch) {
         const c10::List<bool> wishes(wanted);
         const auto [codes, numbers] = encoded(plan);
-        std::vector<c10::IValue> stack{g, x, c10::List<Tensor>(parameters), seeds, codes, numbers, wishes};
+        std::vector<c10::IValue> stack{g, x, c10::List<Tensor>(parameters), seeds, codes, numbers, watch, wishes};
         if (network) stack.emplace_back(network);
         const char *name = network ? "fusedres::differentiable_backward" : "fusedres::residual_network_backward";
         c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(stack);

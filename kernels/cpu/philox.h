@@ -23,8 +23,9 @@ inline uint32_t philox(uint64_t seed, uint64_t row) {
     return c0;
 }
 
-inline bool is_kept(const Layer &layer, int64_t row) {
-    return !layer.drop_threshold || philox(layer.seed, uint64_t(row)) >= layer.drop_threshold;
+inline bool is_kept(uint64_t seed, uint64_t drop_threshold, int64_t row) {
+    return !drop_threshold || philox(seed, uint64_t(row)) >= drop_threshold;
 }
+inline bool is_kept(const Layer &layer, int64_t row) { return is_kept(layer.seed, layer.drop_threshold, row); }
 
 }  // namespace fusedres

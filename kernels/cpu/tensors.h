@@ -4,6 +4,7 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -13,6 +14,7 @@
 #include "fresh.h"
 #include "network.h"
 #include "philox.h"
+#include "recorded.h"
 
 namespace fusedres {
 namespace {
@@ -87,7 +89,7 @@ struct Network {
             if (l + AHEAD < planned) prefetch(words + AHEAD * WORDS, parameters);
             Layer &layer = layers[depth];
             layer = {};
-            layer.N = words[N], layer.K = words[K];
+            layer.N = words[N], layer.K = words[K], layer.place = l;
             layer.activation = Activation(words[ACTIVATION]);
             layer.is_post = words[IS_POST] != 0;
             layer.skip = Skip(words[SKIP]);
@@ -280,18 +282,23 @@ inline Tensor run_forward(const Tensor &plan, at::TensorList parameters, const T
     return y;
 }
 
-// One gradient per wish, undefined where there is none; required: as forward was told.
+// One gradient per wish, undefined where there is none; required: as forward was told. record: to be filled with a row for each
+// layer.
 inline std::vector<Tensor> run_backward(const Tensor &plan, at::TensorList parameters, const Tensor &x,
                                         const std::optional<Tensor> &residual, const std::optional<Tensor> &seeds,
                                         const Tensor &kept, c10::ArrayRef<bool> required, const Tensor &g, int64_t way,
-                                        c10::ArrayRef<bool> wanted) {
+                                        c10::ArrayRef<bool> wanted, double unscale = 0, Tensor *record = nullptr) {
     TORCH_CHECK(wanted.size() == parameters.size() + 2, "one wish per gradient expected");
     std::vector<Tensor> found(wanted.size());
     if (wanted[0]) found[0] = fresh(x.sizes(), x.scalar_type());
     if (wanted[1] && residual) found[1] = fresh(residual->sizes(), residual->scalar_type());
     fresh_like(parameters, wanted.slice(2), found.data() + 2);
     const Network network(plan, parameters, x, seeds, at::TensorList(found).slice(2), required);
-    const Arguments arguments(network, x, residual, way);
+    Arguments arguments(network, x, residual, way);
+    if (record) {
+        *record = at::zeros({plan.size(0), recorded::COLUMNS}, at::kDouble);
+        arguments.call.record = record->mutable_data_ptr<double>(), arguments.call.unscale = unscale;
+    }
     int64_t ldg;
     const Tensor rows = rows_of(g, &ldg);
     by_dtype(x.scalar_type(), [&](auto type) {

@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import Tile, Tiles
+from ..record import Recording
 from ..spec import Gradients, LayerSpec, Operands, Wanted
 from .activations import activate, slope
 from .layer import rows, skip_tensor, vector
 from .philox import drop_rows
+from .record import factor, fresh_rows, record
 from .tile import add_bias, branch_scale, load, place, product, row_tile, scale, store
 
 
@@ -107,6 +109,7 @@ def _dz_kernel(
 @triton.jit(do_not_specialize=["M", "lam"])
 def _dx_kernel(
     dx_ptr, dz_ptr, w_ptr, stride_wn, stride_wk, ds_ptr, stride_dsm, p_ptr, stride_pn, stride_pk, lam_ptr, lam,
+    rows_ptr, unscale_ptr,
     M, N, K,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -117,11 +120,18 @@ def _dx_kernel(
     dx = product(dz_ptr, N, w_ptr, stride_wk, stride_wn, m, k, in_m, in_k, N, BLOCK_K, PRECISION)
     if p_ptr is not None:
         ds = product(ds_ptr, stride_dsm, p_ptr, stride_pk, stride_pn, m, k, in_m, in_k, N, BLOCK_K, PRECISION)
-        dx += scale(lam_ptr, lam) * ds
+        skip = scale(lam_ptr, lam) * ds
+        dx += skip
     elif ds_ptr is not None:
-        dx += scale(lam_ptr, lam) * load(ds_ptr, stride_dsm, m, k, in_m, in_k)
+        skip = scale(lam_ptr, lam) * load(ds_ptr, stride_dsm, m, k, in_m, in_k)
+        dx += skip
+    else:
+        skip = dx
 
     store(dx_ptr, K, m, k, in_m, in_k, dx)
+    if rows_ptr is not None:
+        has_skip: tl.constexpr = ds_ptr is not None
+        record(rows_ptr, tl.program_id(0), unscale_ptr, dx, skip, in_m[:, None] & in_k[None, :], has_skip)
 
 
 def backward(
@@ -133,6 +143,7 @@ def backward(
     wanted: Wanted,
     tiles: Tiles,
     precision: str,
+    recording: Recording | None = None,
 ) -> Gradients:
     """The wanted gradients; g [M, S + N] of any strides, operands as matrices, z and s [M, N] where kept."""
     x, weight, bias, residual, p, c, lam, a, _ = operands
@@ -148,7 +159,8 @@ def backward(
         lam, fixed = None, 1.0
 
     reaches_x = spec.skip in ("identity", "projection") or (spec.skip == "concat" and residual is None)
-    dx = _dx(dz, weight, ds if reaches_x else None, p, lam, fixed, tiles.dx, precision) if wanted.x else None
+    through_skip = ds if reaches_x else None
+    dx = _dx(dz, weight, through_skip, p, lam, fixed, tiles.dx, precision, recording) if wanted.x else None
     dresidual = _scaled(ds, lam, fixed).to(residual.dtype) if wanted.residual else None
     dp = _scaled(product_over_rows(ds, x), lam, fixed) if wanted.projection_weight else None
     return Gradients(
@@ -242,17 +254,23 @@ def _dx(
     fixed: float,
     tile: Tile,
     precision: str,
+    recording: Recording | None,
 ) -> Tensor:
     """dx [M, K] = dz w + λ ds, or dz w + λ ds p."""
     (M, N), K = dz.shape, w.shape[1]
     dx = dz.new_empty(M, K)
-    _dx_kernel[(triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(K, tile.BLOCK_N),)](
+    programs = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(K, tile.BLOCK_N)
+    parts = None if recording is None else fresh_rows(dz, programs, 1)
+    _dx_kernel[(programs,)](
         dx, dz, w, *w.stride(), ds, 0 if ds is None else ds.stride(0), p, *((0, 0) if p is None else p.stride()),
         lam, fixed,
+        parts, None if recording is None else factor(recording.unscale, dz),
         M, N, K,
         PRECISION=precision, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    if recording is not None:
+        recording.note(parts)
     return dx
 
 

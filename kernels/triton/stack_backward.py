@@ -21,11 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import StackTile, StackTiles
+from ..record import Recording
 from ..spec import Gradients, Run, Wanted
 from .activations import activate, slope
 from .layer import rows
 from .layer_backward import product_over_rows
 from .philox import drop_rows
+from .record import factor, fresh_rows, record
 from .stack import (
     ALL_REGISTERS,
     at_layer,
@@ -50,6 +52,7 @@ def _backward_kernel(
     dx_ptr, dz_ptr, dw_ptr, db_ptr, da_ptr, dlam_ptr,
     g_ptr, stride_gm, kept_ptr, scratch_ptr, x_ptr, stride_xm, w_ptr, b_ptr,
     lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
+    rows_ptr, unscale_ptr,
     M, L, every, programs, d,
     ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, HAS_SKIP: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
     PRECISION: tl.constexpr, NEEDS_Z: tl.constexpr, HAS_EVERY_DZ: tl.constexpr,
@@ -97,7 +100,7 @@ def _backward_kernel(
                 g = descend(
                     g, h, h_ptr, stride_hm, d, layer, m, n, in_m, in_n, w_ptr, b_ptr,
                     lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
-                    dz_ptr, dw_ptr, db_ptr, da_ptr, dlam_ptr,
+                    dz_ptr, dw_ptr, db_ptr, da_ptr, dlam_ptr, rows_ptr, unscale_ptr,
                     tl.cast(program, tl.int64) * L + layer, tile >= programs, dz_size,
                     ACTIVATION, IS_POST, HAS_SKIP, IS_PER_CHANNEL, PRECISION, NEEDS_Z, WIDTH, BLOCK_K,
                 )  # fmt: skip
@@ -112,7 +115,7 @@ def _backward_kernel(
 def descend(
     g, h, h_ptr, stride_hm, d, layer, m, n, in_m, in_n, w_ptr, b_ptr,
     lam_ptr, lam, a_ptr, a, seed_ptr, threshold_ptr, threshold, keep_scale_ptr, keep_scale,
-    dz_ptr, dw_ptr, db_ptr, da_ptr, dlam_ptr, row, is_later, dz_size,
+    dz_ptr, dw_ptr, db_ptr, da_ptr, dlam_ptr, rows_ptr, unscale_ptr, row, is_later, dz_size,
     ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, HAS_SKIP: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
     PRECISION: tl.constexpr, NEEDS_Z: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -145,6 +148,7 @@ def descend(
     if dlam_ptr is not None:
         add_sum(dlam_ptr, row, n, in_n, g * h.to(tl.float32), is_later, WIDTH)
     ds = lam * g if HAS_SKIP else tl.zeros(h.shape, tl.float32)
+    skip = ds
 
     # branch: dz and the sums that belong to it
     if seed_ptr is not None:
@@ -178,7 +182,10 @@ def descend(
             if PRECISION == "ieee" and h.dtype == tl.float32 and h.shape[1] >= 64:
                 w = weight(w_ptr, layer, n, in_n, WIDTH)  # again: kept so long, exact fp32 spills 120 bytes on sm_90
             ds = tl.dot(dz_operand, w, ds, input_precision=PRECISION)
-    return tl.where(in_m[:, None] & in_n[None, :], ds, 0.0)
+    in_tile = in_m[:, None] & in_n[None, :]
+    if rows_ptr is not None:
+        record(rows_ptr, row, unscale_ptr, ds, skip, in_tile, HAS_SKIP)
+    return tl.where(in_tile, ds, 0.0)
 
 
 @triton.jit
@@ -211,6 +218,7 @@ def backward(
     keep_every: int,
     programs: int,
     sums_weight: bool,
+    recording: Recording | None = None,
 ) -> Gradients:
     """The wanted gradients; g [M, d] of any strides, kept as forward left it.
 
@@ -220,10 +228,10 @@ def backward(
     reads_memory = tiles.backward.BLOCK_K > 0
     if keep_every == 1 or (not reads_memory and (sums_weight or not wanted.weight)):
         dx, sums = _descend(
-            g, x, kept, run, wanted, tiles.backward, precision, keep_every, programs, sums_weight, x.dtype
+            g, x, kept, run, wanted, tiles.backward, precision, keep_every, programs, sums_weight, x.dtype, recording
         )
     else:
-        dx, sums = _descend_by_segments(g, x, kept, run, wanted, tiles, precision, keep_every, programs)
+        dx, sums = _descend_by_segments(g, x, kept, run, wanted, tiles, precision, keep_every, programs, recording)
     return Gradients(
         x=dx if wanted.x else None,
         weight=sums["weight"].to(run.weight.dtype) if wanted.weight else None,
@@ -254,6 +262,7 @@ def _descend(
     programs: int,
     sums_weight: bool,
     dtype: torch.dtype,
+    recording: Recording | None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """One launch: dx in dtype, and the wanted sums over rows in fp32, [L, d] and [L, d, d]."""
     (M, d), L = x.shape, run.weight.shape[0]
@@ -269,10 +278,12 @@ def _descend(
     if wanted.weight and sums_weight:
         new = x.new_empty if run.seeds is None else x.new_zeros  # a tile that drops all its rows adds nothing
         into["weight"] = new(programs, L, d, d, dtype=torch.float32)
+    parts = None if recording is None else fresh_rows(x, programs, L)
 
     _backward_kernel[(programs,)](
         dx, dz, into.get("weight"), into.get("bias"), into.get("branch_scale"), into.get("skip_scale"),
         g, g.stride(0), kept, scratch, x, x.stride(0), *parameters(run),
+        parts, None if recording is None else factor(recording.unscale, x),
         M, L, every if every > 1 else L, programs, d,
         **options(run), PRECISION=precision, NEEDS_Z=run.activation != "none" or wanted.branch_scale,
         HAS_EVERY_DZ=multiplies_dz,
@@ -280,6 +291,9 @@ def _descend(
         num_warps=tile.warps, num_stages=tile.stages, **ALL_REGISTERS,
     )  # fmt: skip
 
+    if recording is not None:
+        known = 0 if wanted.x else 1  # nobody asked for the first layer's
+        recording.from_layer(known).note(parts[:, known:])
     sums = {name: partial.sum(0) for name, partial in into.items()}
     if multiplies_dz:
         sums["weight"] = _products_over_rows(dz, x, kept)
@@ -296,6 +310,7 @@ def _descend_by_segments(
     precision: str,
     every: int,
     programs: int,
+    recording: Recording | None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Launches from one kept h down to the one before it; g passes between them in fp32, as it does within."""
     L = run.weight.shape[0]
@@ -309,6 +324,7 @@ def _descend_by_segments(
         g, sums = _descend(
             g, h, inner, segment, wanted._replace(x=wanted.x or first > 0),
             tiles.backward, precision, 1, programs, False, torch.float32 if first > 0 else x.dtype,
+            None if recording is None else recording.from_layer(first),
         )  # fmt: skip
         found.append(sums)
     return g, {name: torch.cat([sums[name] for sums in reversed(found)]) for name in found[0]}

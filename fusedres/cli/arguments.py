@@ -1,0 +1,89 @@
+"""Arguments of commands: their parser, which says in one line what is wrong, and the types that values have."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+
+class Wrong(Exception):
+    """Bad use, in one line: what was expected, from where, what came."""
+
+
+class Answer(NamedTuple):
+    """What a command returns: its exit code, and what it has to say as JSON."""
+
+    code: int
+    document: dict[str, Any]
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes whole names of options only, and raises Wrong where argparse prints its usage and ends the process."""
+
+    def __init__(self, program: str, description: str) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(program, description=description, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        said = re.sub(r"^argument (\S+): ", r"\1 ", message)
+        raise Wrong(re.sub(r"invalid (\w+) value: ", r"must be of type \1, got ", said))
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A whole number, of `least` at least."""
+
+    least: int | None = None
+
+    def __call__(self, text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+        if self.least is not None and value < self.least:
+            raise argparse.ArgumentTypeError(f"must be at least {self.least}, got {value}")
+        return value
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some words."""
+
+    choices: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        if text not in self.choices:
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(self.choices)}, got {text!r}")
+        return text
+
+    def named(self, name: str, text: str) -> str:
+        """The word, where no parser reads it."""
+        try:
+            return self(text)
+        except argparse.ArgumentTypeError as error:
+            raise Wrong(f"{name} {error}") from None
+
+
+def one_of(*choices: str) -> Choice:
+    return Choice(choices)
+
+
+def sizes(text: str) -> list[int]:
+    """128,64 or 128."""
+    return [Integer(1)(word) for word in text.split(",")]
+
+
+def add_device(parser: Parser, default: str = "a GPU where there is one") -> None:
+    parser.add_argument("--device", metavar="cpu|cuda", type=one_of("cpu", "cuda"), help=f"where to run [{default}]")
+
+
+def add_seed(parser: Parser) -> None:
+    parser.add_argument("--seed", metavar="S", type=Integer(0), default=0, help="of every draw [%(default)s]")
+
+
+def add_out(parser: Parser, default: str | None, what: str) -> None:
+    shown = f"folder for {what} [{default or 'nothing is written'}]"
+    parser.add_argument("--out", metavar="DIR", type=Path, default=default and Path(default), help=shown)
