@@ -15,6 +15,7 @@ import fusedres
 from fusedres import FusedResidualLinear, FusedResidualStack, gradient_profile, philox, recording, reference
 from fusedres.gradients import Recorder
 from fusedres.gradients.statistics import Rows, halves_of, statistics_of
+from fusedres.kernels import record
 from fusedres.kernels.spec import LayerSpec, Operands
 from fusedres.reference import ShapeGatedStack
 
@@ -347,6 +348,38 @@ def test_what_is_not_finite_is_counted_and_left_out(backend, device):
     assert found.mean_abs == pytest.approx(4 / 5)
     assert found.rms == pytest.approx(math.sqrt(2.0))
     assert found.octaves == {0: 1, 1: 1, -127: 1}
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("count", [1, 63, 64, 4032, 30_000, 70_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_numbers_of_any_size_next_to_each_other(dtype, count, device):
+    """Stretches of all sizes, some of them of one, with zeros, halves, and what is not finite."""
+    stretches = torch.arange(count) // 1500
+    sizes = torch.exp2(torch.randint(-100, 60, (int(stretches[-1]) + 1,)).double())[stretches]
+    wide = torch.where(stretches % 2 == 0, torch.exp2(40 * torch.randn(count).clamp(-2, 1).double()), 1.0)
+    values, branch = (torch.randn(2, count).double() * sizes * wide).to(dtype)
+    values[::7] = 0.0
+    values[stretches == 3] = 0.0
+    branch[(stretches == 3) & (torch.arange(count) % 2 == 0)] = 0.0
+    values[torch.arange(count) % 20_000 == 19_999] = math.nan
+    row = recording.statistics([values], [branch], 1.0)[0]
+
+    is_finite = values.isfinite()
+    total, first = values[is_finite].double(), branch[is_finite].double()
+    second = total - first
+    assert (row[record.COUNT], row[record.ZEROS]) == (count, (total == 0).sum())
+    assert row[record.LARGEST] == total.abs().max()
+    close = lambda value: pytest.approx(value.item(), rel=1e-5)  # noqa: E731
+    assert row[record.SUM] == close(total.abs().sum())
+    assert row[record.SQUARES] == close(total.square().sum())
+    assert row[record.BRANCH] == close(first.square().sum())
+    assert row[record.SKIP] == close(second.square().sum())
+    assert row[record.PRODUCT].item() == pytest.approx((first * second).sum().item(), rel=1e-3)
+    octaves = (torch.frexp(total[total != 0])[1] - 1 + record.EXPONENT_BIAS).clamp(0, 254)
+    expected = torch.bincount(octaves, minlength=256)
+    expected[0], expected[record.NOT_FINITE] = expected[0] + (total == 0).sum(), count - len(total)
+    assert row[record.OCTAVES :].long().equal(expected)
 
 
 def assert_exponents_are_counted(dtype, device):

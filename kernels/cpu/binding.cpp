@@ -51,17 +51,21 @@ std::vector<Tensor> backward_operator(const Tensor &plan, const Parameters &para
 Tensor statistics(const std::vector<Tensor> &totals, const std::vector<Tensor> &branches, double unscale) {
     TORCH_CHECK(branches.empty() || branches.size() == totals.size(), "a branch for each gradient expected, or none");
     Tensor rows = at::zeros({int64_t(totals.size()), recorded::COLUMNS}, at::kDouble);
-    double *row = rows.mutable_data_ptr<double>();
-    for (size_t i = 0; i < totals.size(); i++, row += recorded::COLUMNS) {
+    if (totals.empty()) return rows;
+    const at::ScalarType dtype = totals[0].scalar_type();
+    std::vector<Tensor> held;
+    std::vector<Recorded> all;
+    for (size_t i = 0; i < totals.size(); i++) {
         const Tensor total = totals[i].resolve_neg().contiguous();
         const Tensor branch = branches.empty() ? Tensor() : branches[i].resolve_neg().contiguous();
-        TORCH_CHECK(!branch.defined() || (branch.scalar_type() == total.scalar_type() && branch.numel() == total.numel()),
-                    "a branch of the gradient's size and dtype expected, got ", branches[i].sizes(), " for ", totals[i].sizes());
-        by_dtype(total.scalar_type(), [&](auto type) {
-            record_numbers<decltype(type)>(total.const_data_ptr(), branch.defined() ? branch.const_data_ptr() : nullptr,
-                                           total.numel(), unscale, at::in_parallel_region() ? 1 : at::get_num_threads(), row);
-        });
+        TORCH_CHECK(total.scalar_type() == dtype, "gradients of one dtype expected, got ", dtype, " and ", total.scalar_type());
+        TORCH_CHECK(!branch.defined() || (branch.scalar_type() == dtype && branch.numel() == total.numel()),
+                    "a branch of the gradient's size and dtype expected, got ", branch.sizes(), " for ", total.sizes());
+        held.insert(held.end(), {total, branch});
+        all.push_back({total.const_data_ptr(), branch.defined() ? branch.const_data_ptr() : nullptr, total.numel()});
     }
+    const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    by_dtype(dtype, [&](auto type) { record_numbers<decltype(type)>(all, unscale, threads, rows.mutable_data_ptr<double>()); });
     return rows;
 }
 

@@ -5,6 +5,7 @@
 
 #include "gradients.h"
 #include "record.h"
+#include "wide.h"
 
 namespace fusedres {
 
@@ -176,14 +177,15 @@ void backward_block(const Call &call, const ReadyLayers<T> &ready, const KeptLay
         if (wants_dh) {
             const bool adds_skip = layer.skip == Skip::identity;
             if (adds_skip) std::fill(panel.dh + rows.count * K, panel.dh + rows.padded * K, C(0));
-            if (record && adds_skip) record->hold(panel.dh, K, rows.count, K, true);
+            Half<C> half{};
+            if (adds_skip) half = {panel.g, K, true, C(layer.skip_scale)};
             input_gradient<T>(call.has_brgemm, layer, rows, panel.dz, ld, ready[l].weight_back, panel.dh, adds_skip, 0, K,
                               layer.is_dropped);
             if (layer.skip == Skip::projection) {
-                if (record) record->hold(panel.dh, K, rows.count, K, false);
+                if (record) half = record->hold(panel.dh, K, rows.count, K);
                 input_gradient<T>(call.has_brgemm, layer, rows, panel.ds, ld, ready[l].projection_back, panel.dh, true, 0, K);
             }
-            if (record) record->add(l, panel.dh, K, rows.count, K);
+            if (record) record->add(l, panel.dh, K, rows.count, K, half);
         }
     }
     gradients.is_empty = false;
@@ -233,8 +235,7 @@ void backward_blocks(const Call &call, const T *g, int64_t ldg, const T *kept, T
                 forward_block(call, *forwards, layout, rows, forward, static_cast<T *>(nullptr));
             }
             C *top = memory.g[(call.depth - 1) % 2];
-            for (int64_t r = 0; r < rows.count; r++)
-                for (int64_t n = 0; n < N; n++) top[r * N + n] = wide(g[(rows.first + r) * ldg + n]);
+            widen_rows(g + rows.first * ldg, ldg, rows.count, N, top, N);
             backward_block(call, ready, layout, rows, forward, memory, mine, records[size_t(team.member)].get(), dx, dresidual);
         }
         if (IN_PAIRS<T>) brgemm_release(true);

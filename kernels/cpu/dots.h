@@ -119,15 +119,6 @@ void outer_products(int64_t M, int64_t K, const Compute<T> *dz, int64_t lddz, co
     }
 }
 
-// Rows of T in C, each followed by zeros up to a vector.
-template <class T>
-void widen_rows(const T *from, int64_t ld, int64_t M, int64_t columns, Compute<T> *to, int64_t ldt) {
-    for (int64_t m = 0; m < M; m++) {
-        for (int64_t k = 0; k < columns; k++) to[m * ldt + k] = wide(from[m * ld + k]);
-        std::fill(to + m * ldt + columns, to + (m + 1) * ldt, Compute<T>(0));
-    }
-}
-
 // The vectors of one layer, as the epilogue wants them: where they lie already, or in this thread's memory until the next.
 template <class T>
 class LayerVectors {
@@ -317,14 +308,15 @@ void backward_dots(const Call &call, const T *g, int64_t ldg, const T *kept, T *
                 for (int64_t m = 0; m < M; m++)
                     for (int64_t k = begin; k < end; k++)
                         next[m * K + k] = layer.skip == Skip::identity ? dh[m * K + k] : C(0);
-                if (record && layer.skip == Skip::identity) record->hold(next + begin, K, M, end - begin, true);
+                Half<C> half{};
+                if (layer.skip == Skip::identity) half = {mine + begin, K, true, C(layer.skip_scale)};
                 if (!layer.is_dropped)
                     rows_of_weight<T>(M, N, K, dz, N, static_cast<const T *>(layer.weight), next, begin, end);
                 if (layer.skip == Skip::projection) {
-                    if (record) record->hold(next + begin, K, M, end - begin, false);
+                    if (record) half = record->hold(next + begin, K, M, end - begin);
                     rows_of_weight<T>(M, N, K, ds, N, static_cast<const T *>(layer.projection), next, begin, end);
                 }
-                if (record) record->add(l, next + begin, K, M, end - begin);
+                if (record) record->add(l, next + begin, K, M, end - begin, half);
                 if (l == 0)
                     for (int64_t m = 0; m < M; m++)
                         for (int64_t k = begin; k < end; k++) dx[m * K + k] = narrow<T>(next[m * K + k]);

@@ -175,7 +175,8 @@ C *backward_lanes_block(const Call &call, Lanes R, const LaneLayer<C> *parameter
             store(sums.at(at.dskip), load(sums.at(at.dskip)) + total);
         }
 
-        if (record && wants_dh && is_identity) record->hold(dh, R, K, count, true);
+        Half<C> half{};
+        if (is_identity) half = {g, R, true, lambda};
         if (wants_dh && !layer.is_dropped)
             lanes_product<C>(R, K, N, given.weight, 1, K, nullptr, dz, dh, is_identity);
         else if (wants_dh && !is_identity)
@@ -186,10 +187,10 @@ C *backward_lanes_block(const Call &call, Lanes R, const LaneLayer<C> *parameter
         if (layer.skip == Skip::projection) {
             lanes_weight_gradient<C>(R, layer, g, h, lanes(at.dprojection), at.projection, turned, !sums.is_empty);
             if (at.dprojection_bias >= 0) lane_sums<C>(R, N, g, sums.at(at.dprojection_bias));
-            if (record && wants_dh) record->hold(dh, R, K, count, false);
+            if (record && wants_dh) half = record->hold(dh, R, K, count);
             if (wants_dh) lanes_product<C>(R, K, N, given.projection, 1, K, nullptr, g, dh, true);
         }
-        if (record && wants_dh) record->add(l, dh, R, K, count);
+        if (record && wants_dh) record->add(l, dh, R, K, count, half);
         std::swap(g, dh);
     }
     sums.is_empty = false;

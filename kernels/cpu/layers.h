@@ -162,15 +162,13 @@ struct LayersState {
     }
 };
 
-// ∂L/∂y in C for backward to work on: as it lies, where it need not be widened and is not written to, else a copy.
+// ∂L/∂y in C as it lies, where it need not be widened and is not written to; else null.
 template <class T>
-Compute<T> *top_gradient(const Layer &layer, const T *g, int64_t ldg, int64_t rows, Compute<T> *copy) {
+Compute<T> *top_gradient(const Layer &layer, const T *g, int64_t ldg) {
     if constexpr (std::is_same_v<T, Compute<T>>) {
         if (ldg == layer.N && !layer.activates_sum()) return const_cast<T *>(g);
     }
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t n = 0; n < layer.N; n++) copy[r * layer.N + n] = wide(g[r * ldg + n]);
-    return copy;
+    return nullptr;
 }
 
 template <class T>
@@ -186,7 +184,8 @@ void backward_layers_rows(const Call &call, const T *g, int64_t ldg, const T *ke
         const T *h = l ? slot(layout[l].input) : static_cast<const T *>(call.x);
         const int64_t ldh = l ? even<T>(K) : call.ldx;
         const bool wants_dh = l > 0 || dx, is_identity = layer.skip == Skip::identity;
-        C *given = state.g[l % 2].get(), *next = state.g[(l + 1) % 2].get();
+        C *top = l + 1 == call.depth ? top_gradient(layer, g, ldg) : nullptr;
+        C *given = top ? top : state.g[l % 2].get(), *next = state.g[(l + 1) % 2].get();
         T *dz = state.dz.get(), *ds = state.ds.get();
         const ReadyLayers<T> ready(call, l, l + 1, true);
         together(call.threads, [&](const Team &team) {
@@ -204,7 +203,7 @@ void backward_layers_rows(const Call &call, const T *g, int64_t ldg, const T *ke
                 const Rows rows{first, count, rounded_up(count, GRAIN), call.first_row + first};
                 BackwardPanel<T> panel{};
                 panel.g = given + first * N;
-                if (l + 1 == call.depth) panel.g = top_gradient(layer, g + first * ldg, ldg, count, panel.g);
+                if (l + 1 == call.depth && !top) widen_rows(g + first * ldg, ldg, count, N, panel.g, N);
                 panel.dh = wants_dh ? next + first * K : nullptr;
                 auto row = [&](int64_t offset) { return slot(offset) ? slot(offset) + first * ld : nullptr; };
                 panel.slope = row(layout[l].slope), panel.branch = row(layout[l].branch), panel.ld = ld;
@@ -232,15 +231,16 @@ void backward_layers_rows(const Call &call, const T *g, int64_t ldg, const T *ke
                     const Rows rows = grid.panel(call, piece);
                     const int64_t r = rows.first, begin = grid.begin(piece), end = grid.end(piece);
                     C *to = next + r * K;
-                    if (record && is_identity) record->hold(to + begin, K, rows.count, end - begin, true);
+                    Half<C> half{};
+                    if (is_identity) half = {given + r * K + begin, K, true, C(layer.skip_scale)};
                     input_gradient<T>(call.has_brgemm, layer, rows, dz + r * ld, ld, ready[0].weight_back, to, is_identity,
                                       begin, end, layer.is_dropped);
                     if (layer.skip == Skip::projection) {
-                        if (record) record->hold(to + begin, K, rows.count, end - begin, false);
+                        if (record) half = record->hold(to + begin, K, rows.count, end - begin);
                         input_gradient<T>(call.has_brgemm, layer, rows, ds + r * ld, ld, ready[0].projection_back, to, true,
                                           begin, end);
                     }
-                    if (record) record->add(l, to + begin, K, rows.count, end - begin);
+                    if (record) record->add(l, to + begin, K, rows.count, end - begin, half);
                     if (l == 0)
                         for (int64_t i = r; i < r + rows.count; i++)
                             for (int64_t k = begin; k < end; k++) dx[i * K + k] = narrow<T>(next[i * K + k]);

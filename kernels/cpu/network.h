@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace fusedres {
 
@@ -86,8 +87,14 @@ void backward(const Call &call, const void *g, int64_t ldg, const void *kept, vo
 template <class T>
 int64_t kept_bytes(const Call &call);
 
-// Adds to a row (record.h) what there is to record of `count` numbers of T, and of one of their halves, if given.
+// Numbers of a gradient, and the half of each that came through a branch, if there is one.
+struct Recorded {
+    const void *total, *branch;
+    int64_t count;
+};
+
+// Adds to rows [all, recorded::COLUMNS] what there is to record (record.h) of numbers of T.
 template <class T>
-void record_numbers(const void *total, const void *branch, int64_t count, double unscale, int threads, double *row);
+void record_numbers(const std::vector<Recorded> &all, double unscale, int threads, double *rows);
 
 }  // namespace fusedres

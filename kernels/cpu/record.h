@@ -12,251 +12,238 @@
 #include "number.h"
 #include "parallel.h"
 #include "recorded.h"
+#include "tally.h"
 #include "vector.h"
 
 namespace fusedres {
 
-// The bits of a number without its sign, and its exponent as a float32's.
-template <class C>
-struct BitsOf {
-    using Integer = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
-    typedef Integer Lanes __attribute__((vector_size(VECTOR_BYTES), may_alias));
-    static constexpr Integer MAGNITUDE = sizeof(C) == 4 ? Integer(0x7fffffff) : Integer(0x7fffffffffffffff);
-    static constexpr int MANTISSA = sizeof(C) == 4 ? 23 : 52;
-    static constexpr Integer BIAS = sizeof(C) == 4 ? 0 : 1023 - 127, NOT_FINITE = sizeof(C) == 4 ? 255 : 2047;
+// scale times these numbers, of rows ld apart: what came to a gradient through one of its two ways. Null: there is one way alone.
+template <class T>
+struct Half {
+    const T *numbers = nullptr;
+    int64_t ld = 0;
+    bool is_skip = false;
+    Compute<T> scale = 1;
 
-    // Of whole vectors: a float32's exponent as it is, others as far as it reaches.
-    static void store_octaves(uint8_t *to, Lanes exponents) {
-        typedef uint8_t Bytes __attribute__((vector_size(LANES<C>)));
-        if (sizeof(C) == 8) {
-            const Lanes zero = {}, most = zero + 254, far = exponents - BIAS;
-            const Lanes inside = far < zero ? zero : far > most ? most : far;
-            exponents = exponents == zero + NOT_FINITE ? zero + 255 : inside;
-        }
-        const Bytes bytes = __builtin_convertvector(exponents, Bytes);
-        std::memcpy(to, &bytes, sizeof bytes);
+    Half from(int64_t row, int64_t column) const {
+        return numbers ? Half{numbers + row * ld + column, ld, is_skip, scale} : Half{};
     }
-    static uint8_t octave(Integer magnitude) {
-        const Integer exponent = magnitude >> MANTISSA;
-        return uint8_t(exponent == NOT_FINITE ? 255 : std::clamp<Integer>(exponent - BIAS, 0, 254));
-    }
-    static Integer magnitude(C value) {
-        Integer bits;
-        std::memcpy(&bits, &value, sizeof bits);
-        return bits & MAGNITUDE;
-    }
+    Compute<T> at(int64_t row, int64_t column) const { return scale * wide(numbers[row * ld + column]); }
 };
 
-// A power of two of about that size, whose inverse is a C and whose square a double.
-template <class C>
-double power_near(double size) {
-    constexpr int most = sizeof(C) == 4 ? 120 : 500;
-    return size > 0 && std::isfinite(size) ? std::ldexp(1.0, std::clamp(std::ilogb(size), -most, most)) : 1.0;
-}
-
-// One thread's records of all layers. Sums are taken piece by piece, each divided by its largest number, so that squares of
-// vanishing gradients do not vanish themselves.
+// One thread's records of all layers. A piece of numbers is taken in one pass, in the unit of the largest of the last one, so
+// that squares of vanishing gradients do not vanish themselves; what fits no such unit is taken one by one.
 template <class C>
 class Record {
-    static constexpr int64_t PIECE = 2048, ROOM = PIECE + LANES<C>;
     using Bits = BitsOf<C>;
+    using Lanes = typename Bits::Lanes;
+    static constexpr int W = LANES<C>, GROUP = 4 * W;
+    static constexpr int64_t PIECE = Tally<C>::MOST * W;
+    static constexpr int MOST_UNIT = Bits::BIAS - 1;
+
+    // [rows, columns] of a gradient, whole groups in each row, and of one of its halves, if there is one.
+    struct Piece {
+        const C *total;
+        int64_t ld;
+        Half<C> half;
+        int64_t rows, columns, padding;  // zeros at its end that are not counted
+
+        int64_t count() const { return rows * columns - padding; }
+    };
 
   public:
     Record(int64_t layers, double unscale)
-        : rows_(layers * recorded::COLUMNS), unscale_(C(unscale)) {
+        : rows_(layers * recorded::COLUMNS), units_(size_t(layers)), unscale_(unscale) {
         std::fill(rows_.get(), rows_.get() + layers * recorded::COLUMNS, 0.0);
     }
 
     double *operator[](int64_t layer) const { return rows_.get() + layer * recorded::COLUMNS; }
 
-    // What a gradient [rows, columns] is before its second half joins it, until `add` is told.
-    void hold(const C *half, int64_t ld, int64_t rows, int64_t columns, bool is_skip) {
+    // A copy of what a gradient [rows, columns] is before the skip's half joins it: what came through the branch.
+    Half<C> hold(const C *branch, int64_t ld, int64_t rows, int64_t columns) {
         if (room_ < rows * columns) held_ = Buffer<C>(room_ = rows * columns);
-        for (int64_t r = 0; r < rows; r++) std::copy(half + r * ld, half + r * ld + columns, held_.get() + r * columns);
-        is_held_ = true, is_skip_ = is_skip;
+        for (int64_t r = 0; r < rows; r++) std::copy(branch + r * ld, branch + r * ld + columns, held_.get() + r * columns);
+        return {held_.get(), columns};
     }
 
-    // The gradient at the layer's input, whole.
-    void add(int64_t layer, const C *total, int64_t ld, int64_t rows, int64_t columns) {
-        add_rows<C>(layer, total, ld, is_held_ ? held_.get() : nullptr, columns, is_skip_, rows, columns);
-        is_held_ = false;
-    }
-
-    // [rows, columns] of T, with one of its halves or without.
+    // [rows, columns] of the gradient at the layer's input, whole, and of one of its halves.
     template <class T>
-    void add_rows(int64_t layer, const T *total, int64_t ld, const T *half, int64_t ldhalf, bool is_skip, int64_t rows,
-                  int64_t columns) {
-        if (ld == columns && ldhalf == columns) columns *= rows, rows = 1;
-        double *row = (*this)[layer];
-        if constexpr (std::is_same_v<T, C>) {  // whole pieces as they lie
-            for (; rows == 1 && unscale_ == C(1) && columns >= PIECE; columns -= PIECE) {
-                add_piece(row, total, half, is_skip, PIECE);
-                total += PIECE, half = half ? half + PIECE : nullptr;
+    void add(int64_t layer, const T *total, int64_t ld, int64_t rows, int64_t columns, Half<T> half) {
+        if (ld == columns && (!half.numbers || half.ld == columns)) columns *= rows, rows = 1;
+        if constexpr (std::is_same_v<T, C>) {  // whole groups as they lie
+            const int64_t whole = columns / GROUP * GROUP;
+            if (whole == columns || rows == 1) {
+                for (int64_t c = 0; c < whole; c += PIECE) {
+                    const int64_t width = std::min(PIECE, whole - c), height = PIECE / width;
+                    for (int64_t r = 0; r < rows; r += height)
+                        add_piece(layer, {total + r * ld + c, ld, half.from(r, c), std::min(height, rows - r), width, 0});
+                }
+                total += whole, half = half.from(0, whole), columns -= whole;
             }
         }
-        C *some = pieces_.get(), *halves = half ? some + ROOM : nullptr;
+        C *some = pieces_.get(), *halves = half.numbers ? some + PIECE : nullptr;
         for (int64_t r = 0, filled = 0; r < rows; r++)
             for (int64_t c = 0; c < columns;) {
                 const int64_t count = std::min(PIECE - filled, columns - c);
-                copy(total + r * ld + c, count, some + filled);
-                if (half) copy(half + r * ldhalf + c, count, halves + filled);
+                for (int64_t i = 0; i < count; i++) some[filled + i] = wide(total[r * ld + c + i]);
+                for (int64_t i = 0; halves && i < count; i++) halves[filled + i] = half.at(r, c + i);
                 filled += count, c += count;
                 if (filled < PIECE && (r + 1 < rows || c < columns)) continue;
-                std::fill(some + filled, some + filled + LANES<C>, C(0));
-                if (half) std::fill(halves + filled, halves + filled + LANES<C>, C(0));
-                add_piece(row, some, halves, is_skip, std::exchange(filled, 0));
+                const int64_t padded = (filled + GROUP - 1) / GROUP * GROUP;
+                std::fill(some + filled, some + padded, C(0));
+                if (halves) std::fill(halves + filled, halves + padded, C(0));
+                add_piece(layer, {some, padded, {halves, padded, half.is_skip}, 1, padded, padded - std::exchange(filled, 0)});
             }
-        for (int e = low_; e <= high_; e++) {
-            uint64_t found = std::exchange(single_[e], 0);
-            for (uint16_t &lane : lanes_[e]) found += std::exchange(lane, uint16_t(0));
-            row[recorded::OCTAVES + e] += double(found);
-        }
-        low_ = 255, high_ = 0, counted_ = 0;
     }
 
   private:
-    template <class T>
-    void copy(const T *from, int64_t count, C *to) const {
-        for (int64_t i = 0; i < count; i++) to[i] = unscale_ * wide(from[i]);
+    // Of a piece in some unit: lanes add up.
+    struct Sums {
+        Vector<C> numbers = {}, squares = {}, first = {}, second = {}, product = {};
+        Lanes largest = {};
+        Tally<C> tally;
+    };
+
+    void add_piece(int64_t layer, const Piece &piece) {
+        double *row = (*this)[layer];
+        int &unit = units_[size_t(layer)];
+        row[recorded::COUNT] += double(piece.count());
+        for (int tries = 0; tries < 3; tries++) {
+            const C factor = C(std::ldexp(unscale_, -unit));
+            const Sums sums = piece.half.numbers ? sums_of_piece<true>(piece, factor) : sums_of_piece<false>(piece, factor);
+            typename Bits::Integer largest = 0;
+            for (int lane = 0; lane < W; lane++) largest = std::max(largest, typename Bits::Integer(sums.largest[lane]));
+            const int exponent = Bits::exponent(largest);
+            if (exponent > Bits::BIAS) break;  // one is not finite
+            if (largest == 0 ? !piece.half.numbers || is_zero(piece) : exponent <= 0 && exponent >= -10) {
+                if (!keep(row, piece, sums, unit)) break;
+                row[recorded::LARGEST] = std::max(row[recorded::LARGEST], std::ldexp(double(Bits::number(largest)), unit));
+                return;
+            }
+            if (largest == 0) break;
+            unit = std::clamp(unit + exponent + 2, -MOST_UNIT, MOST_UNIT);  // the next ones may be somewhat larger
+        }
+        add_one_by_one(row, piece);
     }
 
-    // Up to PIECE numbers, and zeros up to a whole vector.
-    void add_piece(double *row, const C *total, const C *half, bool is_skip, int64_t count) {
-        using Lanes = typename Bits::Lanes;
-        constexpr int W = LANES<C>;
-        const int64_t padded = (count + W - 1) / W * W;
-
-        // how large: exponents one by one, and the largest of all numbers, as integers, among which NaN is larger than all
-        auto magnitudes = [](const C *from) { return reinterpret_cast<Lanes>(load(from)) & Bits::MAGNITUDE; };
-        Lanes most = {};
-        for (int64_t i = 0; i < padded; i += W) {
-            const Lanes bits = magnitudes(total + i);
-            Bits::store_octaves(octaves_ + i, bits >> Bits::MANTISSA);
-            most = bits > most ? bits : most;
-        }
-        row[recorded::COUNT] += double(count);
-        if (count_octaves(count))
-            for (int64_t i = 0; i < count; i++) row[recorded::ZEROS] += total[i] == C(0);
-        if (Bits::octave(largest_of(most)) == 255) {
-            most = Lanes{};
-            C *some = pieces_.get(), *halves = some + ROOM;
-            for (int64_t i = 0; i < padded; i++) {
-                const bool is_finite = i >= count || octaves_[i] != 255;
-                some[i] = is_finite ? total[i] : C(0);
-                if (half) halves[i] = is_finite ? half[i] : C(0);
+    template <bool HALF>
+    static Sums sums_of_piece(const Piece &piece, C factor) {
+        Sums sums;
+        const C half_factor = factor * piece.half.scale;
+        auto magnitudes = [&](const C *total, const C *half) {
+            const Vector<C> value = load(total) * factor;
+            const Lanes bits = reinterpret_cast<Lanes>(value) & Bits::MAGNITUDE;
+            sums.largest = bits > sums.largest ? bits : sums.largest;
+            sums.numbers += reinterpret_cast<Vector<C>>(bits), sums.squares += value * value;
+            if (HALF) {
+                const Vector<C> one = load(half) * half_factor, other = value - one;
+                sums.first += one * one, sums.second += other * other, sums.product += one * other;
             }
-            total = some, half = half ? halves : nullptr;
-            for (int64_t i = 0; i < padded; i += W) {
-                const Lanes bits = magnitudes(total + i);
-                most = bits > most ? bits : most;
+            return bits;
+        };
+        for (int64_t r = 0; r < piece.rows; r++) {
+            const C *total = piece.total + r * piece.ld, *half = HALF ? piece.half.numbers + r * piece.half.ld : nullptr;
+            for (int64_t i = 0; i < piece.columns; i += GROUP) {
+                Lanes four[4];
+                for (int v = 0; v < 4; v++) four[v] = magnitudes(total + i + v * W, HALF ? half + i + v * W : nullptr);
+                sums.tally.add(four[0], four[1], four[2], four[3]);
             }
         }
-
-        // sums, in the unit of the largest number; of halves that are much larger and cancel, in theirs
-        const double largest = as_number(largest_of(most));
-        row[recorded::LARGEST] = std::max(row[recorded::LARGEST], largest);
-        if (add_sums(row, total, half, is_skip, padded, power_near<C>(largest), largest == 0, false)) return;
-        Lanes most_half = {};
-        for (int64_t i = 0; i < padded; i += W) {
-            const Lanes bits = magnitudes(half + i);
-            most_half = bits > most_half ? bits : most_half;
-        }
-        add_sums(row, total, half, is_skip, padded, power_near<C>(as_number(largest_of(most_half))), false, true);
+        return sums;
     }
 
-    // Whether it did: not, unless it is the last try, where halves are too large for the unit, or the total has given none.
-    bool add_sums(double *row, const C *total, const C *half, bool is_skip, int64_t padded, double unit, bool has_no_unit,
-                  bool is_last) {
-        using Lanes = typename Bits::Lanes;
-        constexpr int W = LANES<C>;
-        const C inverse = C(1 / unit);
-        Vector<C> sum = {}, squares = {}, first = {}, second = {}, product = {};
-        for (int64_t i = 0; i < padded; i += W) {
-            const Vector<C> value = load(total + i) * inverse;
-            sum += reinterpret_cast<Vector<C>>(reinterpret_cast<Lanes>(value) & Bits::MAGNITUDE);
-            squares += value * value;
-            if (half) {
-                const Vector<C> one = load(half + i) * inverse, other = value - one;
-                first += one * one, second += other * other, product += one * other;
-            }
-        }
-        auto total_of = [=](Vector<C> lanes) {
+    // Adds what one pass has found; not, where halves were too large for the unit.
+    bool keep(double *row, const Piece &piece, const Sums &sums, int unit) {
+        auto total_of = [](Vector<C> lanes) {
             double total = 0;
             for (int lane = 0; lane < W; lane++) total += double(lanes[lane]);
             return total;
         };
-        if (half) {
-            const double of_first = total_of(first), of_second = total_of(second), of_product = total_of(product);
-            if (!is_last && (has_no_unit || !std::isfinite(of_first + of_second))) return false;
-            row[is_skip ? recorded::SKIP : recorded::BRANCH] += unit * unit * of_first;
-            row[is_skip ? recorded::BRANCH : recorded::SKIP] += unit * unit * of_second;
-            row[recorded::PRODUCT] += unit * unit * of_product;
+        const double scale = std::ldexp(1.0, unit), square = scale * scale;
+        if (piece.half.numbers) {
+            const double first = total_of(sums.first), second = total_of(sums.second);
+            if (!std::isfinite(first + second)) return false;
+            row[piece.half.is_skip ? recorded::SKIP : recorded::BRANCH] += square * first;
+            row[piece.half.is_skip ? recorded::BRANCH : recorded::SKIP] += square * second;
+            row[recorded::PRODUCT] += square * total_of(sums.product);
         }
-        row[recorded::SUM] += unit * total_of(sum), row[recorded::SQUARES] += unit * unit * total_of(squares);
+        row[recorded::SUM] += scale * total_of(sums.numbers), row[recorded::SQUARES] += square * total_of(sums.squares);
+        uint32_t counts[Tally<C>::BINS];
+        sums.tally.read(counts);
+        for (int bin = 1; bin < Tally<C>::BINS; bin++)
+            if (counts[bin]) row[recorded::OCTAVES + octave(unit + bin + 1 - Tally<C>::BINS)] += counts[bin];
+        if (counts[0] > piece.padding) count_small(row, piece, int64_t(counts[0]) - piece.padding, C(std::ldexp(Tally<C>::SMALL, unit)));
         return true;
     }
 
-    // Whether an exponent is 0. They lie close together, so that each is looked for in turn, and found in bytes, whose pairs
-    // are added up lane by lane; where they are many, they are counted one by one.
-    bool count_octaves(int64_t count) {
-        typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES), may_alias));
-        typedef uint16_t Pairs __attribute__((vector_size(VECTOR_BYTES), may_alias));
-        constexpr int64_t B = VECTOR_BYTES;
-        static_assert(PIECE / B <= 255);
-        const int64_t padded = (count + B - 1) / B * B;
-        std::fill(octaves_ + count, octaves_ + padded, octaves_[0]);
-        auto some = [&](int64_t i) { return *reinterpret_cast<const Bytes *>(octaves_ + i); };
-        Bytes least = some(0), most = least;
-        for (int64_t i = B; i < padded; i += B) {
-            const Bytes here = some(i);
-            least = here < least ? here : least, most = here > most ? here : most;
-        }
-        int low = 255, high = 0;
-        for (int lane = 0; lane < B; lane++) low = std::min(low, int(least[lane])), high = std::max(high, int(most[lane]));
-        low_ = std::min(low_, low), high_ = std::max(high_, high);
-        if (high - low >= 40) {
-            for (int64_t i = 0; i < count; i++) single_[octaves_[i]]++;
-            return low == 0;
-        }
-        for (int e = low; e <= high; e++) {
-            Bytes found = {};
-            for (int64_t i = 0; i < padded; i += B) found -= reinterpret_cast<Bytes>(some(i) == uint8_t(e));
-            const Pairs pairs = reinterpret_cast<Pairs>(found);
-            Pairs &lanes = *reinterpret_cast<Pairs *>(lanes_[e]);
-            lanes += (pairs & 255) + (pairs >> 8);
-        }
-        single_[octaves_[0]] -= uint64_t(padded - count);
-        if (++counted_ == UINT16_MAX / (2 * (PIECE / B))) spill();  // for no more a lane has room
-        return low == 0;
+    // Those below a bound, of which there are so many. Mostly they are 0.
+    void count_small(double *row, const Piece &piece, int64_t count, C bound) {
+        int64_t zeros = -piece.padding;
+        for (int64_t r = 0; r < piece.rows; r++)
+            for (int64_t c = 0; c < piece.columns; c++) zeros += number(piece, r, c) == C(0);
+        row[recorded::ZEROS] += double(zeros), row[recorded::OCTAVES] += double(zeros);
+        if (zeros == count) return;
+        each(piece, [&](C value, C) {
+            const C size = std::abs(value);
+            if (size > 0 && size < bound) row[recorded::OCTAVES + octave_of(size)]++;
+        });
     }
 
-    void spill() {
-        counted_ = 0;
-        for (int e = low_; e <= high_; e++)
-            for (uint16_t &lane : lanes_[e]) single_[e] += std::exchange(lane, uint16_t(0));
+    // Any numbers at all, as doubles: each sum in the unit of its own largest.
+    void add_one_by_one(double *row, const Piece &piece) {
+        double largest = 0, largest_half = 0;
+        each(piece, [&](C value, C half) {
+            row[recorded::ZEROS] += value == C(0), row[recorded::OCTAVES + octave_of(std::abs(value))]++;
+            if (!std::isfinite(value)) return;
+            largest = std::max(largest, std::abs(double(value)));
+            if (std::isfinite(half)) largest_half = std::max({largest_half, std::abs(double(half)), std::abs(double(value) - half)});
+        });
+        row[recorded::LARGEST] = std::max(row[recorded::LARGEST], largest);
+        const double unit = unit_of(largest), unit_of_halves = unit_of(largest_half);
+        each(piece, [&](C value, C half) {
+            if (!std::isfinite(value)) return;
+            const double size = std::abs(double(value)) / unit;
+            row[recorded::SUM] += unit * size, row[recorded::SQUARES] += unit * unit * size * size;
+            if (!piece.half.numbers) return;
+            const double first = double(half) / unit_of_halves, second = (double(value) - half) / unit_of_halves;
+            const double square = unit_of_halves * unit_of_halves;
+            row[piece.half.is_skip ? recorded::SKIP : recorded::BRANCH] += square * first * first;
+            row[piece.half.is_skip ? recorded::BRANCH : recorded::SKIP] += square * second * second;
+            row[recorded::PRODUCT] += square * first * second;
+        });
     }
 
-    static typename Bits::Integer largest_of(typename Bits::Lanes lanes) {
-        typename Bits::Integer largest = 0;
-        for (int lane = 0; lane < LANES<C>; lane++) largest = std::max(largest, typename Bits::Integer(lanes[lane]));
-        return largest;
+    template <class Visit>
+    void each(const Piece &piece, const Visit &visit) const {
+        for (int64_t i = 0; i < piece.count(); i++) {
+            const int64_t r = i / piece.columns, c = i % piece.columns;
+            visit(number(piece, r, c), piece.half.numbers ? C(unscale_) * piece.half.at(r, c) : C(0));
+        }
     }
-    static double as_number(typename Bits::Integer bits) {
-        C value;
-        std::memcpy(&value, &bits, sizeof value);
-        return double(value);
+    C number(const Piece &piece, int64_t r, int64_t c) const { return C(unscale_) * piece.total[r * piece.ld + c]; }
+
+    static bool is_zero(const Piece &piece) {
+        bool is_zero = true;
+        for (int64_t r = 0; r < piece.rows; r++)
+            for (int64_t c = 0; c < piece.columns; c++) is_zero &= piece.half.at(r, c) == C(0);
+        return is_zero;
+    }
+
+    static int octave(int exponent) { return std::clamp(exponent + 127, 0, 254); }
+    static int octave_of(C size) {
+        const int exponent = Bits::exponent(Bits::magnitude(size));
+        return exponent > Bits::BIAS ? 255 : octave(exponent);
+    }
+    static double unit_of(double largest) {
+        return largest > 0 ? std::ldexp(1.0, std::clamp(std::ilogb(largest), -500, 500)) : 1.0;
     }
 
     Buffer<double> rows_;
-    C unscale_;
+    std::vector<int> units_;  // of each layer: the exponent of its unit
+    double unscale_;
     Buffer<C> held_;
     int64_t room_ = 0;
-    bool is_held_ = false, is_skip_ = false;
-    Buffer<C> pieces_{2 * ROOM};
-    alignas(64) uint8_t octaves_[PIECE + VECTOR_BYTES];
-    alignas(64) uint16_t lanes_[256][VECTOR_BYTES / 2] = {};
-    uint64_t single_[256] = {};
-    int low_ = 255, high_ = 0, counted_ = 0;
+    Buffer<C> pieces_{2 * PIECE};
 };
 
 // One record for each thread that a call has, empty where nothing is recorded.
@@ -287,20 +274,28 @@ void write_records(const Call &call, const Records<C> &records) {
         add_records(records, l, call.record + call.layers[l].place * recorded::COLUMNS);
 }
 
-// Adds to `row` what there is to record of `count` numbers, and of the half of them that came through the branch, if given.
+// Threads share what is long; of the rest each has every so many.
 template <class T>
-void record_numbers(const void *total, const void *branch, int64_t count, double unscale, int threads, double *row) {
+void record_numbers(const std::vector<Recorded> &all, double unscale, int threads, double *rows) {
     using C = Compute<T>;
     constexpr int64_t WORTH_A_THREAD = 1 << 15;
-    const int members = int(std::clamp<int64_t>(count / WORTH_A_THREAD, 1, threads));
+    int64_t numbers = 0;
+    for (const Recorded &one : all) numbers += one.count;
+    const int members = int(std::clamp<int64_t>(numbers / WORTH_A_THREAD, 1, threads));
     Records<C> records{size_t(members)};
     together(members, [&](const Team &team) {
-        auto &mine = *(records[size_t(team.member)] = std::make_unique<Record<C>>(1, unscale));
-        const auto [first, last] = team.share(count);
-        const T *numbers = static_cast<const T *>(total) + first, *half = branch ? static_cast<const T *>(branch) + first : nullptr;
-        mine.template add_rows<T>(0, numbers, last - first, half, last - first, false, 1, last - first);
+        auto &mine = *(records[size_t(team.member)] = std::make_unique<Record<C>>(int64_t(all.size()), unscale));
+        for (size_t i = 0; i < all.size(); i++) {
+            const bool is_long = all[i].count >= members * WORTH_A_THREAD;
+            if (!is_long && int(i % size_t(members)) != team.member) continue;
+            const auto [first, last] = is_long ? team.share(all[i].count) : Team::Share{0, all[i].count};
+            const T *total = static_cast<const T *>(all[i].total) + first;
+            Half<T> half{};
+            if (all[i].branch) half = {static_cast<const T *>(all[i].branch) + first, last - first};
+            mine.add(int64_t(i), total, last - first, 1, last - first, half);
+        }
     });
-    add_records(records, 0, row);
+    for (size_t i = 0; i < all.size(); i++) add_records(records, int64_t(i), rows + int64_t(i) * recorded::COLUMNS);
 }
 
 }  // namespace fusedres

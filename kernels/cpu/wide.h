@@ -1,6 +1,8 @@
 // Vectors of what T computes in, out of numbers of type T.
 #pragma once
 
+#include <algorithm>
+
 #include "number.h"
 #include "vector.h"
 
@@ -24,6 +26,15 @@ inline Vector<Compute<T>> load_some(const T *from, int64_t count) {
     Vector<Compute<T>> some = {};
     for (int64_t i = 0; i < count; i++) some[i] = wide(from[i]);
     return some;
+}
+
+// Rows of T in C, each followed by zeros from its end to the next.
+template <class T>
+void widen_rows(const T *from, int64_t ld, int64_t M, int64_t columns, Compute<T> *to, int64_t ldt) {
+    for (int64_t m = 0; m < M; m++) {
+        for (int64_t k = 0; k < columns; k++) to[m * ldt + k] = wide(from[m * ld + k]);
+        std::fill(to + m * ldt + columns, to + (m + 1) * ldt, Compute<T>(0));
+    }
 }
 
 }  // namespace fusedres
