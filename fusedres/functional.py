@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import checks, dispatch, explanation, ops, reference, residual_dispatch, residual_ops
+from . import checks, dispatch, explanation, ops, recording, reference, residual_dispatch, residual_ops
 from .kernels.spec import LayerSpec, Operands
 
 
@@ -152,7 +152,7 @@ def _native_or_eager(
     choice: dispatch.Native, given: Operands, spec: LayerSpec, autocast: torch.dtype | None
 ) -> dispatch.Native | dispatch.Eager:
     if autocast is not None:
-        cast, _ = _cast(given, spec, autocast)
+        cast, _ = _cast(given, spec._replace(watch=0), autocast)
         if any(t.dtype != autocast for t in cast if t is not None):
             return dispatch.Eager("autocast leaves operands of unlike dtypes, and the C++ engine computes in one")
     if type(given.x.numel()) is not int or torch.compiler.is_compiling():  # traced: the operator finds its way later
@@ -182,8 +182,9 @@ def _cast(operands: Operands, spec: LayerSpec, dtype: torch.dtype) -> tuple[Oper
 
     x = operands.x
     if x.dtype != dtype and spec.skip in ("identity", "concat") and operands.residual is None:
-        operands = operands._replace(residual=x)
-        spec = spec._replace(skip="residual" if spec.skip == "identity" else "concat")
+        x, skip = (x, x) if not spec.watch else recording.apart(x, spec.watch, has_skip=True)
+        operands = operands._replace(residual=skip)
+        spec = spec._replace(skip="residual" if spec.skip == "identity" else "concat", watch=0)
     return (
         operands._replace(
             x=x.to(dtype),

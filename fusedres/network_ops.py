@@ -106,6 +106,8 @@ def _differentiable_backward(
     if network in bound:
         differentiated_again.add(network)
     spec = plan.decoded(tuple(codes), tuple(numbers))
+    if watch:
+        recording.spoil(watch, len(spec.layers))
 
     def formula(x: Tensor, *parameters: Tensor) -> Tensor:
         return differentiable(x, parameters, spec, seeds)
@@ -227,7 +229,11 @@ def _operator_backward(ctx: Any, g: Tensor) -> tuple:
     x, seeds, *parameters = ctx.saved_tensors
     wants_x, wants_parameters, *_ = ctx.needs_input_grad
     wanted = [wants_x, *wants_parameters]
-    given = (g, x, parameters, seeds, ctx.codes, ctx.numbers, ctx.watch, wanted)
+    watch = ctx.watch
+    if watch and torch.is_grad_enabled():
+        recording.spoil(watch, len(plan.decoded(tuple(ctx.codes), tuple(ctx.numbers)).layers))
+        watch = 0
+    given = (g, x, parameters, seeds, ctx.codes, ctx.numbers, watch, wanted)
     found = torch.ops.fusedres.residual_network_backward(*given)
     dx, *dparameters = _spread(found, wanted)
     return dx, dparameters, None, None, None, None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, philox, reference
+from . import dispatch, philox, recording, reference
 from .kernels.spec import Gradients, LayerSpec, Operands, Wanted
 from .launch import backward as _backward
 from .launch import forward as _forward
@@ -122,7 +122,8 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:
         is_plain = not (torch.is_grad_enabled() or dispatch.transforms_are_active())
         call = _visible_backward if is_plain else _differentiable_backward
-        return (None, *_differentiate(call, g, ctx.saved_tensors, ctx.spec, ctx.needs_input_grad[1:]))
+        spec = ctx.spec if is_plain else _unwatched(ctx.spec)
+        return (None, *_differentiate(call, g, ctx.saved_tensors, spec, ctx.needs_input_grad[1:]))
 
 
 class _TransformableLayer(torch.autograd.Function):
@@ -143,7 +144,7 @@ class _TransformableLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _z: Any, _s: Any) -> tuple:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        return (None, *_differentiate(_differentiable_backward, g, saved, ctx.spec, needs))
+        return (None, *_differentiate(_differentiable_backward, g, saved, _unwatched(ctx.spec), needs))
 
 
 class _Gradients(torch.autograd.Function):
@@ -191,6 +192,14 @@ def _visible_backward(
         return _spread(_reference_gradients(g, operands, spec, wanted), wanted)
     call = _call_backward_operator if needs_operator((g, operands.x)) else _backward
     return call(g, operands, z, s, spec, wanted)
+
+
+def _unwatched(spec: LayerSpec) -> LayerSpec:
+    """The same for gradients that are differentiated themselves."""
+    if not spec.watch:
+        return spec
+    recording.spoil(spec.watch)
+    return spec._replace(watch=0)
 
 
 def _differentiable_backward(
@@ -260,7 +269,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _operator_backward(ctx: Any, g: Tensor, _z: Tensor, _s: Tensor) -> tuple:
     call = _differentiable_backward if dispatch.transforms_are_active() else _call_backward_operator
-    gradients = _differentiate(call, g, ctx.saved_tensors, ctx.spec, ctx.needs_input_grad)
+    spec = _unwatched(ctx.spec) if torch.is_grad_enabled() else ctx.spec
+    gradients = _differentiate(call, g, ctx.saved_tensors, spec, ctx.needs_input_grad)
     return (*gradients, *(None,) * (N_SPEC + 1))
 
 

@@ -19,6 +19,7 @@ from .kernels.record import Recording
 
 _numbers = itertools.count(1)
 _open: dict[int, tuple[Sink, int]] = {}  # by a layer's number: where its parts go, and its row there
+_in_use: list[Sink] = []
 
 _LIBRARY = torch.library.Library("fusedres", "FRAGMENT")
 _LIBRARY.define("unscale(int watch) -> float")
@@ -39,9 +40,11 @@ class Sink:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self.is_open = True
+        self.is_aside = False
         self.read_unscale: Callable[[], float | Tensor] = lambda: 1.0
         self._unscale: float | Tensor | None = None
         self._parts: list[tuple[int, Tensor]] = []
+        self._spoilt: set[int] = set()
 
     @property
     def unscale(self) -> float | Tensor:
@@ -54,25 +57,57 @@ class Sink:
         """parts [parts, layers, ROW] of rows row, …, row + layers - 1."""
         self._parts.append((row, parts))
 
+    def spoil(self, rows: range) -> None:
+        """Of these rows nothing can be said in this step."""
+        self._spoilt.update(rows)
+
     def take(self) -> Tensor | None:
         """[rows, ROW] in float64 on the device that noted, everything added up in one order; then it is empty."""
-        parts, self._parts, self._unscale = self._parts, [], None
-        return _added_up(parts, self.rows) if parts else None
+        parts, spoilt = self._parts, sorted(self._spoilt)
+        self.clear()
+        if not parts:
+            return None
+        total = _added_up(parts, self.rows)
+        if spoilt:
+            total[spoilt] = 0.0
+        return total
 
     def clear(self) -> None:
-        self._parts.clear()
+        self._parts, self._spoilt, self._unscale = [], set(), None
 
 
 @contextmanager
 def opened(sink: Sink, rows: dict[int, int]) -> Iterator[None]:
-    """Within it, what layers with these numbers record is noted in the sink, in these rows of it."""
-    for number, row in rows.items():
-        _open[number] = (sink, row)
+    """Within it, what layers with these numbers record is noted in the sink, in these rows of it.
+
+    RuntimeError where one of them is noted elsewhere already, by somebody who is not set aside.
+    """
+    before = {number: _open[number] for number in rows if number in _open}
+    if any(not taken.is_aside for taken, _ in before.values()):
+        raise RuntimeError("a layer of this model is being recorded already: a layer has one Recorder at a time")
+    _open.update({number: (sink, row) for number, row in rows.items()})
+    _in_use.append(sink)
     try:
         yield
     finally:
+        sink.is_open = False
+        _in_use.remove(sink)
         for number in rows:
-            _open.pop(number, None)
+            del _open[number]
+        _open.update(before)
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """Within it, nobody who watches now sees anything."""
+    before = [(sink, sink.is_open, sink.is_aside) for sink in _in_use]
+    for sink, _, _ in before:
+        sink.is_open, sink.is_aside = False, True
+    try:
+        yield
+    finally:
+        for sink, is_open, is_aside in before:
+            sink.is_open, sink.is_aside = is_open, is_aside
 
 
 def of(number: int) -> Recording | None:
@@ -84,6 +119,13 @@ def of(number: int) -> Recording | None:
     return Recording(sink.unscale, sink.note, row)
 
 
+def spoil(number: int, layers: int = 1) -> None:
+    """These layers' gradients are differentiated themselves: nobody sees all that will come to their inputs."""
+    found = _open.get(number)
+    if found is not None and found[0].is_open:
+        found[0].spoil(range(found[1], found[1] + layers))
+
+
 def apart(x: Tensor, number: int, has_skip: bool) -> tuple[Tensor, Tensor]:
     """x as the branch and as the skip of a formula see it: what gradient comes back through both is recorded."""
     recording = of(number)
@@ -93,8 +135,10 @@ def apart(x: Tensor, number: int, has_skip: bool) -> tuple[Tensor, Tensor]:
     halves: dict[str, Tensor] = {}
 
     def arrived(name: str, gradient: Tensor) -> None:
+        if torch.is_grad_enabled():
+            return spoil(number)
         halves[name] = gradient.detach()
-        if len(halves) == 1 + has_skip and not torch.is_grad_enabled():  # none of a step's, if differentiated again
+        if len(halves) == 1 + has_skip:
             branch, skip = halves["branch"], halves.get("skip")
             halves.clear()
             wide = torch.promote_types(branch.dtype, torch.float32)
@@ -166,14 +210,17 @@ def _formula(total: Tensor, branch: Tensor | None, unscale: float | Tensor) -> T
 
 def _added_up(parts: Sequence[tuple[int, Tensor]], rows: int) -> Tensor:
     """Parts of like shape together, so that a step costs few launches; those of one row in the order they came in."""
-    total = torch.zeros(rows, record.ROW, dtype=torch.float64, device=parts[0][1].device)
-    if total.device.type == "cpu" and all(len(part) == 1 and part.dtype == torch.float64 for _, part in parts):
-        return _added_one_by_one(total, parts)
+    device = parts[0][1].device
+    if device.type == "cpu" and all(len(part) == 1 and part.dtype == torch.float64 for _, part in parts):
+        return _added_one_by_one(parts, rows)
+    total = torch.zeros(rows, record.ROW, dtype=torch.float64, device=device)
     seen: dict[int, int] = {}
     groups: dict[tuple[int, torch.Size, torch.device], list[tuple[int, Tensor]]] = {}
     for row, part in parts:
-        seen[row] = seen.get(row, 0) + 1
-        groups.setdefault((seen[row], part.shape, part.device), []).append((row, part))
+        rows_of_part = range(row, row + part.shape[1])
+        turn = 1 + max(seen.get(r, 0) for r in rows_of_part)
+        seen.update(dict.fromkeys(rows_of_part, turn))
+        groups.setdefault((turn, part.shape, part.device), []).append((row, part))
     for group in groups.values():
         stacked = torch.stack([part for _, part in group]).double()  # [like ones, parts, layers, ROW]
         scale = stacked[..., record.SCALE]
@@ -192,13 +239,24 @@ def _added_up(parts: Sequence[tuple[int, Tensor]], rows: int) -> Tensor:
     return total
 
 
-def _added_one_by_one(total: Tensor, parts: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """Parts whose unit is 1, to total: there nothing is launched, and each operation counts."""
+def _added_one_by_one(parts: Sequence[tuple[int, Tensor]], rows: int) -> Tensor:
+    """Parts whose unit is 1: there nothing is launched, and each operation counts."""
+    in_turn, end = [], 0
+    for row, part in sorted(parts, key=lambda one: one[0]):
+        if row < end:
+            break
+        if row > end:
+            in_turn.append(part.new_zeros(row - end, record.ROW))
+        in_turn.append(part[0])
+        end = row + part.shape[1]
+    else:  # each row once: they are laid side by side
+        return torch.cat([*in_turn, part.new_zeros(rows - end, record.ROW)] if end < rows else in_turn)
+    total = parts[0][1].new_zeros(rows, record.ROW)
     for row, part in parts:
-        rows = total[row : row + part.shape[1]]
-        largest = torch.maximum(rows[:, record.LARGEST], part[0, :, record.LARGEST])
-        rows += part[0]
-        rows[:, record.LARGEST] = largest
+        some = total[row : row + part.shape[1]]
+        largest = torch.maximum(some[:, record.LARGEST], part[0, :, record.LARGEST])
+        some += part[0]
+        some[:, record.LARGEST] = largest
     return total
 
 

@@ -39,12 +39,15 @@ def layer(operands: Operands, spec: LayerSpec, activations: Activations = ACTIVA
     is_post = spec.order == "post"
 
     branch = F.linear(x, weight, bias)
+    kept = _kept(branch, seed, spec, branch.dim() - 1) if spec.drop_path > 0 else None
+    if kept is not None:  # before φ, since of what a dropped row has there, φ and φ' may be no numbers
+        branch = torch.where(kept, branch, 0.0)
     if not is_post:
         branch = activation(branch)
     if branch_scale is not None or spec.branch_scale != 1.0:
         branch = branch * (spec.branch_scale if branch_scale is None else branch_scale)
-    if spec.drop_path > 0:
-        branch = _drop(branch, seed, spec, branch.dim() - 1)
+    if kept is not None:
+        branch = torch.where(kept, branch * spec.keep_scale, 0.0)
 
     if spec.skip == "none":
         total = branch
@@ -166,13 +169,15 @@ def residual_linear(
     return layer(operands, spec)
 
 
-def _drop(branch: Tensor, seed: Tensor, spec: LayerSpec, leading: int) -> Tensor:
-    """Stochastic depth: zero in dropped rows, whatever stood there, 1 / (1 - drop_path) times the rest.
-
-    A row is what the first `leading` dimensions leave.
-    """
+def _kept(branch: Tensor, seed: Tensor, spec: LayerSpec, leading: int) -> Tensor:
+    """Which rows stochastic depth leaves, [..., 1, …]; a row is what the first `leading` dimensions leave."""
     kept = philox.kept_rows(seed, branch.shape[:leading], spec.drop_threshold, branch.device)
-    return torch.where(kept.reshape(*kept.shape, *(1,) * (branch.dim() - leading)), branch * spec.keep_scale, 0.0)
+    return kept.reshape(*kept.shape, *(1,) * (branch.dim() - leading))
+
+
+def _drop(branch: Tensor, seed: Tensor, spec: LayerSpec, leading: int) -> Tensor:
+    """Zero in dropped rows, whatever stood there, 1 / (1 - drop_path) times the rest."""
+    return torch.where(_kept(branch, seed, spec, leading), branch * spec.keep_scale, 0.0)
 
 
 def residual(terms: Terms, spec: LayerSpec) -> Tensor:

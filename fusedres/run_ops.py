@@ -112,6 +112,8 @@ class _Run(torch.autograd.Function):
         x, *tensors, kept = ctx.saved_tensors
         spec, seeds, wanted = ctx.spec, ctx.seeds, ctx.needs_input_grad[4:]
         if torch.is_grad_enabled() or dispatch.is_legacy_batch(g):
+            if ctx.watch:
+                recording.spoil(ctx.watch, len(spec.layers))
 
             def formula(x: Tensor, *tensors: Tensor) -> Tensor:
                 return reference.network(x, tensors, spec, seeds)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import recording
 from . import picture, table, verdict
 from .readout import GradientProfile, Loss, measure, profile_of, trainable
 from .truth import truth_of
@@ -120,9 +121,10 @@ def compare_gradients(
     do not train the same parameters.
     """
     _check_same_parameters(fused, eager)
-    fused_loss, fused_gradients = measure(fused, x, target, loss_fn)
-    eager_loss, eager_gradients = measure(eager, x, target, loss_fn)
-    truth = truth_of(eager, eager_gradients, x, target, loss_fn)
+    with recording.set_aside():
+        fused_loss, fused_gradients = measure(fused, x, target, loss_fn)
+        eager_loss, eager_gradients = measure(eager, x, target, loss_fn)
+        truth = truth_of(eager, eager_gradients, x, target, loss_fn)
     errors = {
         name: verdict.errors_of(fused_gradients[name], gradient, truth.gradients[name] if truth.gradients else None)
         for name, gradient in eager_gradients.items()

@@ -94,7 +94,7 @@ def profile(model: nn.Module, x: Tensor, target: Tensor | None = None, loss_fn: 
     """
     _check(model, x, loss_fn)
     watch = Watch(model)
-    with watch.installed():
+    with recording.set_aside(), watch.installed():
         loss, gradients = measure(model, x, target, loss_fn)
         rows, scales = watch.take()
     if rows is None:
@@ -123,7 +123,8 @@ def measure(
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         loss = _loss(torch.func.functional_call(model, buffers, (x,)), target, loss_fn)
         gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-    return loss.item(), by_layer(model, dict(zip(parameters, gradients, strict=True)))
+    dense = (g.to_dense() if g.is_sparse else g for g in gradients)
+    return loss.item(), by_layer(model, dict(zip(parameters, dense, strict=True)))
 
 
 def profile_of(

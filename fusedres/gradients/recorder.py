@@ -20,6 +20,8 @@ from .readout import GradientProfile, from_statistics, residual_layers, rows_of,
 from .statistics import Rows, statistics_of
 from .watch import Watch
 
+_UNREAD = 1 << 18  # numbers of steps that nobody has read yet: to read some at once is quicker
+
 
 class Recorder:
     """Records a model's gradients while it trains.
@@ -80,13 +82,15 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if self._watch is not None:
             raise RuntimeError("this recorder is recording already")
-        self._watch = Watch(self.model)
-        self._model = _Model(self._watch.core)
-        self._watch.sink.is_open = self.steps % self.every == 0
-        self._watch.sink.read_unscale = self._unscale
-        self._stack.enter_context(self._watch.installed())
-        if self.path is not None:
-            self._file = self._stack.enter_context(open(self.path, "a"))
+        watch = Watch(self.model)
+        watch.sink.is_open = self.steps % self.every == 0
+        watch.sink.read_unscale = self._unscale
+        with ExitStack() as stack:
+            if self.path is not None:
+                self._file = stack.enter_context(open(self.path, "a"))
+            stack.enter_context(watch.installed())
+            self._stack = stack.pop_all()
+        self._watch, self._model = watch, _Model(watch.core)
         return self
 
     def __exit__(
@@ -103,9 +107,12 @@ class Recorder:
         watch = self._watch
         if watch is None:
             raise RuntimeError("step() is for inside the recorder's with block")
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"loss must be one number, got a tensor of shape {list(loss.shape)}")
         if self.steps % self.every == 0:
-            self._settle()
             self._pending.append(_Pending(self.steps, watch, self._model, loss))
+            if self.path is not None or sum(one.size for one in self._pending) > _UNREAD:
+                self._settle(but=1)
         else:
             watch.take()
         self.steps += 1
@@ -127,8 +134,9 @@ class Recorder:
         scale: Tensor = self.scaler.scale(torch.ones((), device=device))
         return scale.reciprocal() if device.type != "cpu" else 1.0 / float(scale)
 
-    def _settle(self) -> None:
-        while self._pending:
+    def _settle(self, but: int = 0) -> None:
+        """Reads what has come of all steps, but for so many of the last: nobody waits for what is on its way."""
+        while len(self._pending) > but:
             found = self._pending.popleft().arrive()
             if self.path is not None:
                 self._file.write(json.dumps(found.profile.to_dict()) + "\n")
@@ -171,25 +179,48 @@ class Recorder:
 
 
 class _Model:
-    """What of a model stays as it is from step to step."""
+    """What of a model stays as it is from step to step: looked up again when a parameter has been replaced."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers, self.splits = residual_layers(model), splits_of(model)
+        self._model = model
+        self._read()
+
+    def _read(self) -> None:
+        model = self._model
+        self.layers, self._splits = residual_layers(model), splits_of(model)
         self._all = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        self._slices = {name: self._slices_of(name, p) for name, p in self._all.items()}
+        self._held = [(m._parameters, k, p) for m in model.modules() for k, p in m._parameters.items()]
         self._trained: list[str] = []
         self._by_layer: dict[str, Tensor] = {}
 
+    def _slices_of(self, name: str, parameter: Tensor) -> list[str]:
+        """The names of the layers' own in a stacked parameter: like parts of it, one after the other."""
+        found = split({name: parameter.detach()}, self._splits)
+        parts = zip(found.values(), parameter.detach().reshape(len(found), -1), strict=True)
+        if any(one.data_ptr() != part.data_ptr() or one.numel() != part.numel() for one, part in parts):
+            raise RuntimeError(f"{name} was expected to be a stack of {', '.join(found)}, each of them a slice of it")
+        return list(found)
+
     def parameters(self) -> dict[str, Tensor]:
         """Those that are trained now, each layer's by itself."""
+        if any(held.get(key) is not p for held, key, p in self._held):
+            self._read()
         trained = [name for name, p in self._all.items() if p.requires_grad]
         if trained != self._trained:
-            self._trained, self._by_layer = trained, split({name: self._all[name] for name in trained}, self.splits)
+            self._trained, self._by_layer = trained, split({name: self._all[name] for name in trained}, self._splits)
         return self._by_layer
 
-    def gradients(self) -> dict[str, Tensor]:
-        """As they are now, each layer's by itself."""
-        held = {name: p.grad.detach() for name, p in self._all.items() if p.requires_grad and p.grad is not None}
-        return split(held, self.splits)
+    def gradients(self) -> tuple[list[str], list[Tensor]]:
+        """As they are now, each layer's by itself, with their names."""
+        names: list[str] = []
+        found: list[Tensor] = []
+        for name, p in self._all.items():
+            if p.grad is not None and p.requires_grad:
+                slices = self._slices[name]
+                names += slices
+                found += [p.grad] if len(slices) == 1 else p.grad.reshape(len(slices), -1).unbind()
+        return names, found
 
 
 class _Pending:
@@ -197,10 +228,9 @@ class _Pending:
 
     def __init__(self, step: int, watch: Watch, model: _Model, loss: Tensor | float | None) -> None:
         self.step, self.watch, self.layers, self.parameters = step, watch, model.layers, model.parameters()
-        gradients = model.gradients()
-        self.names = list(gradients)
+        self.names, gradients = model.gradients()
         with torch.no_grad():
-            rows = rows_of(list(gradients.values()), watch.sink.unscale)
+            rows = rows_of(gradients, watch.sink.unscale)
         inputs, scales = watch.take()
         self.cargo = cargo = _Cargo()
         cargo.put(rows)
@@ -209,12 +239,11 @@ class _Pending:
         self.rows = len(rows) + (0 if inputs is None else len(inputs))
         self.scales = [cargo.put(one) if isinstance(one, Tensor) else one for one in scales]
         self.loss = cargo.put(loss) if isinstance(loss, Tensor) else loss
-        cargo.leave()
+        self.size = cargo.leave()
 
     def arrive(self) -> _Pending:
         """Takes what came, small enough to be kept; it is read when somebody asks."""
         numbers = self.cargo.arrive()
-
         self.found = Rows.of(numbers[: self.rows * record.ROW].view(-1, record.ROW))
         self.numbers = [numbers[one].item() if isinstance(one, slice) else one for one in (*self.scales, self.loss)]
         del self.cargo
@@ -244,17 +273,17 @@ class _Cargo:
         self._size += part.numel()
         return slice(self._size - part.numel(), self._size)
 
-    def leave(self) -> None:
+    def leave(self) -> int:
+        """Sends it off; how many numbers it is."""
         device = next((part.device for part in self._parts if part.device.type != "cpu"), torch.device("cpu"))
-        self._numbers = torch.cat([torch.empty(0, dtype=torch.float64, device=device)] + [
-            part.to(device, non_blocking=True) for part in self._parts
-        ])  # fmt: skip
+        self._numbers = torch.cat([part.to(device, non_blocking=True) for part in self._parts])
         self._parts.clear()
         if self._numbers.is_cuda:
             host = torch.empty(self._numbers.shape, dtype=torch.float64, pin_memory=True)
             self._numbers = host.copy_(self._numbers, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
+        return self._size
 
     def arrive(self) -> Tensor:
         if self._event is not None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -53,9 +52,7 @@ def _of_copy(
 ) -> Gradients:
     try:
         with torch.inference_mode(False):
-            copy = deepcopy(eager).double()
-            with _watched(copy) as has_drawn:
-                _, truth = measure(copy, _wide(x), _wide(target), loss_fn)
+            _, truth = measure(deepcopy(eager).double(), _wide(x), _wide(target), loss_fn)
     except Exception as error:  # of a model that anyone may have written
         said = (str(error).splitlines() or [""])[0]
         raise _None(f"no float64 copy of eager could be made and run: {type(error).__name__}: {said}") from error
@@ -65,29 +62,12 @@ def _of_copy(
         if gradient.isfinite().all() and not truth[name].isfinite().all():
             raise _None(f"in the float64 copy of eager the gradient of {name} is not finite")
     allowed = max(verdict.half_the_digits(gradient.dtype) for gradient in gradients.values())
-    if has_drawn and (distance := _distance(gradients, truth)) > allowed:
-        raise _None(f"the float64 copy of eager draws other random numbers: its gradients are {distance:.2g} away")
+    if (distance := _distance(gradients, truth)) > allowed:
+        raise _None(
+            f"the float64 copy of eager has other gradients, {distance:.2g} away: it draws other random numbers, "
+            "computes something else in float64, or eager has lost half of its digits"
+        )
     return truth
-
-
-@contextmanager
-def _watched(model: nn.Module) -> Iterator[list[bool]]:
-    """A list that is no longer empty once a forward of the model has drawn random numbers."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    states: list[list[Tensor]] = []
-    has_drawn: list[bool] = []
-
-    def state(*_: object) -> None:
-        states.append([torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)])
-        if any(not torch.equal(a, b) for a, b in zip(states[0], states[-1], strict=True)):
-            has_drawn.append(True)
-
-    hooks = [model.register_forward_pre_hook(state), model.register_forward_hook(state)]
-    try:
-        yield has_drawn
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _distance(gradients: Gradients, truth: Gradients) -> float:

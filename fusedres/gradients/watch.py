@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .. import recording
+from .. import dispatch, recording
 from ..kernels import record
+from .hooks import Hook, Through
 from .statistics import InputGradient, Statistics, halves_of
 
 OUTPUT = "output"  # the name of ∂L/∂y of the model
@@ -36,6 +37,7 @@ class Watch:
         self._find()
         self.sink = recording.Sink(len(self.rows))
         self._handles: list[Any] = []  # of hooks on tensors, which may outlive a step
+        self.steps = 0
 
     def _find(self) -> None:
         inside: set[nn.Module] = set()
@@ -84,78 +86,55 @@ class Watch:
         for module, row in self._fused:
             layers: Any = module.watched_layers
             rows |= {_number_of(module) + i: row + i for i in range(len(layers))}
-        for module, branch, row in self._hooked:
-            halves: dict[str, Tensor] = {}
-            if module is branch:
-                hooks.append(module.register_forward_pre_hook(self._entering(row, halves, True, True)))
-            else:
-                hooks.append(module.register_forward_pre_hook(self._entering(row, halves, True, False)))
-                hooks.append(branch.register_forward_pre_hook(self._entering(row, halves, False, True)))
-        for module, row in self._outputs:
-            outer = self.model if module is self.core else module
-            hooks.append(outer.register_forward_hook(self._leaving(row)))
-        try:
-            with recording.opened(self.sink, rows):
+        before: list[tuple[nn.Module, Any]] = [(module, module.watch) for module, _ in self._fused]
+        with recording.opened(self.sink, rows):
+            for module, branch, row in self._hooked:
+                through = Through(self, row)
+                hooks.append(module.register_forward_pre_hook(Hook(through.enter), with_kwargs=True))
+                hooks.append(branch.register_forward_pre_hook(Hook(through.enter_branch), with_kwargs=True))
+                hooks.append(branch.register_forward_hook(Hook(through.leave_branch)))
+            for module, row in self._outputs:
+                outer = self.model if module is self.core else module
+                hooks.append(outer.register_forward_hook(Hook(Through(self, row).leave)))
+            try:
                 self.is_open = self.sink.is_open
                 yield self
-        finally:
-            for module, _ in self._fused:
-                _set_number(module, 0)
-            for hook in hooks:
-                hook.remove()
-            self._let_go()
-            self.sink.clear()
+            finally:
+                for module, number in before:
+                    _set_number(module, number)
+                for hook in hooks:
+                    hook.remove()
+                self.let_go()
+                self.sink.clear()
 
-    def _entering(
-        self, row: int, halves: dict[str, Tensor], of_total: bool, of_branch: bool
-    ) -> Callable[[nn.Module, tuple], tuple | None]:
-        """A hook on a call: what comes back to its input is noted, in all, and through this call alone."""
-
-        def note(gradient: Tensor) -> None:
-            self._note(row, gradient, halves.pop("branch", None))
-
-        def keep(gradient: Tensor) -> None:
-            halves["branch"] = gradient
-
-        def enter(module: nn.Module, inputs: tuple) -> tuple | None:
-            if torch.compiler.is_compiling() or not self._sees(inputs[0] if inputs else None):
-                return None
-            x = inputs[0]
-            if of_total:
-                self._handles.append(x.register_hook(note))
-            if not of_branch:
-                return None
-            alone = x.view_as(x)
-            alone.register_hook(keep)
-            return (alone, *inputs[1:])
-
-        return enter
-
-    def _leaving(self, row: int) -> Callable[[nn.Module, tuple, Any], None]:
-        def leave(module: nn.Module, inputs: tuple, output: Any) -> None:
-            if not torch.compiler.is_compiling() and self._sees(output):
-                self._handles.append(output.register_hook(lambda gradient: self._note(row, gradient, None)))
-
-        return leave
-
-    def _sees(self, tensor: Any) -> bool:
+    def sees(self, tensor: Any) -> bool:
+        """Whether what comes back to a tensor is to be noted."""
         is_tensor = self.is_open and isinstance(tensor, Tensor) and torch.is_grad_enabled()
-        return is_tensor and tensor.requires_grad and tensor.is_floating_point()
+        return is_tensor and tensor.requires_grad and tensor.is_floating_point() and not torch.compiler.is_compiling()
 
-    def _note(self, row: int, gradient: Tensor, branch: Tensor | None) -> None:
-        if self.is_open and not torch.is_grad_enabled():  # gradients that are differentiated again are none of a step's
-            branches = None if branch is None else [branch.detach()]
-            rows = recording.statistics([gradient.detach()], branches, self.sink.unscale)
-            self.sink.note(row, rows.unsqueeze(0))
+    def keep(self, handle: Any) -> None:
+        """A hook on a tensor, until the end of the step."""
+        self._handles.append(handle)
 
-    def _let_go(self) -> None:
+    def note(self, row: int, gradient: Tensor, branch: Tensor | None) -> None:
+        """What came to a tensor; not of what nobody can count: meta tensors, nested ones, batches of gradients."""
+        is_there = gradient.layout == torch.strided and not gradient.is_meta and not dispatch.is_legacy_batch(gradient)
+        if not self.is_open or not is_there:
+            return
+        with torch.no_grad():
+            rows = recording.statistics([gradient], None if branch is None else [branch], self.sink.unscale)
+        self.sink.note(row, rows.unsqueeze(0))
+
+    def let_go(self) -> None:
+        """Takes the hooks off tensors."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.steps += 1
 
     def take(self) -> tuple[Tensor | None, list[Tensor | float | None]]:
         """The rows [rows, ROW] of all backwards since the last call, on their device, and λ of each row's layer."""
-        self._let_go()
+        self.let_go()
         scales: list[Tensor | float | None] = [None] * len(self.rows)
         for stack, first, _ in self._stacks:
             found: Any = stack.identity_scales
@@ -179,13 +158,13 @@ class Watch:
         """‖Π λ ∂L/∂x_L‖ by row: from where equal widths end, down through skips alone."""
         found: dict[int, float] = {}
         for _, first, output in self._stacks:
-            path = math.nan
+            path: float | None = None  # nan: what came to its upper end is not known
             for row in reversed(range(first, output)):
                 scale = scales[row]
                 if scale is None:
-                    path = math.nan
+                    path = None
                     continue
-                if math.isnan(path):
+                if path is None:
                     path = _norm(rows[row + 1])
                 path *= abs(scale)
                 if not math.isnan(path):

@@ -39,7 +39,8 @@ inline double number(const Tensor &from, int64_t index) {
     switch (tensor.scalar_type()) {
         case at::kFloat: return tensor.const_data_ptr<float>()[index];
         case at::kDouble: return tensor.const_data_ptr<double>()[index];
-        default: return tensor.const_data_ptr<at::BFloat16>()[index];
+        case at::kBFloat16: return tensor.const_data_ptr<at::BFloat16>()[index];
+        default: return tensor.as_strided({}, {}, tensor.storage_offset() + index).item().toDouble();
     }
 }
 

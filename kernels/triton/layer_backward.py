@@ -67,6 +67,8 @@ def _dz_kernel(
         else:
             z = product(x_ptr, stride_xm, w_ptr, stride_wn, stride_wk, m, n, in_m, in_n, K, BLOCK_K, PRECISION)
             z = add_bias(z, b_ptr, n, in_n)
+        if DROPS:
+            z = drop_rows(z, m, seed, threshold, 1.0)  # of what a dropped row has there, φ and φ' may be no numbers
     if NEEDS_SKIP:
         if p_ptr is None:
             s = load(r_ptr, stride_rm, m, n, in_m, in_n)
@@ -131,6 +133,7 @@ def _dx_kernel(
     store(dx_ptr, K, m, k, in_m, in_k, dx)
     if rows_ptr is not None:
         has_skip: tl.constexpr = ds_ptr is not None
+        dx = dx.to(dx_ptr.dtype.element_ty).to(tl.float32)  # as whoever reads it will find it
         record(rows_ptr, tl.program_id(0), unscale_ptr, dx, skip, in_m[:, None] & in_k[None, :], has_skip)
 
 

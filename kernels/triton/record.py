@@ -29,6 +29,7 @@ def record(rows_ptr, row, unscale_ptr, total, skip, in_tile, HAS_SKIP: tl.conste
     total *= unscale
     octave = exponent(total)
     in_sum = in_tile & (octave < 255)
+    zeros = tl.sum(tl.sum((in_sum & (total == 0)).to(tl.int32), 1), 0)
     total = tl.where(in_sum, total, 0.0)
     largest = _most(total)
     most = largest
@@ -57,7 +58,6 @@ def record(rows_ptr, row, unscale_ptr, total, skip, in_tile, HAS_SKIP: tl.conste
 
     # how many, how large
     inside = tl.sum(tl.sum(in_tile.to(tl.int32), 1), 0)
-    zeros = tl.sum(tl.sum((in_sum & (total == 0)).to(tl.int32), 1), 0)
     _add(row_ptr + _COUNT, inside.to(tl.float32), 1.0)
     _add(row_ptr + _ZEROS, zeros.to(tl.float32), 1.0)
     tl.store(row_ptr + _LARGEST, tl.maximum(tl.load(row_ptr + _LARGEST), largest))
@@ -108,7 +108,7 @@ def _statistics_kernel(
 
 def statistics(totals: Sequence[Tensor], branches: Sequence[Tensor], unscale: float | Tensor) -> Tensor:
     """Parts [n, PROGRAMS, ROW] of n gradients of one dtype, and of the halves that came through branches, if any."""
-    totals, branches = [t.contiguous() for t in totals], [t.contiguous() for t in branches]
+    totals, branches = [[t.resolve_neg().contiguous() for t in some] for some in (totals, branches)]
     first = totals[0]
     facts = [(t.data_ptr(), branches[i].data_ptr() if branches else 0, t.numel()) for i, t in enumerate(totals)]
     addresses = torch.tensor(facts, dtype=torch.int64)

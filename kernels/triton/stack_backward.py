@@ -134,6 +134,8 @@ def descend(
         z = tl.zeros(h.shape, tl.float32)
         for _ in range(turns):
             z = product(h, w, h_ptr, stride_hm, d, w_ptr, b_ptr, layer, m, n, in_m, in_n, PRECISION, WIDTH, BLOCK_K)
+        if seed_ptr is not None:
+            z = drop_rows(z, m, seed, threshold, 1.0)  # of what a dropped row has there, φ and φ' may be no numbers
 
     # post: through the activation first, so that g is the gradient of the sum in either order
     if IS_POST and NEEDS_Z:
@@ -184,7 +186,8 @@ def descend(
             ds = tl.dot(dz_operand, w, ds, input_precision=PRECISION)
     in_tile = in_m[:, None] & in_n[None, :]
     if rows_ptr is not None:
-        record(rows_ptr, row, unscale_ptr, ds, skip, in_tile, HAS_SKIP)
+        found = tl.where(layer == 0, ds.to(h.dtype).to(tl.float32), ds)  # dx as whoever reads it will find it
+        record(rows_ptr, row, unscale_ptr, found, skip, in_tile, HAS_SKIP)
     return tl.where(in_tile, ds, 0.0)
 
 
