@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +88,9 @@ class FusedResidualLinear(nn.Linear):
     def watched_layers(self) -> list[str]:
         """The layers whose gradients are recorded under `watch`: this one."""
         return [""]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "watch"}
 
     def reset_parameters(self) -> None:
         """nn.Linear's initialisation for the weights; the scales start where they were told to, and draw nothing."""

@@ -276,6 +276,9 @@ class ResidualStack(nn.Module):
         self.skip_scales, self.branch_scales = learned_scales(recipe, range(len(recipe.layers)), **factory)
         self.skips = [one.skip != "none" for one in recipe.layers]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "watch"}
+
     @property
     def watched_layers(self) -> list[str]:
         """The layers whose gradients are recorded under `watch` and the numbers after it."""

@@ -91,7 +91,7 @@ def test_a_recorder_writes_what_its_readouts_say(tmp_path):
     assert len((tmp_path / "kept.csv").read_text().splitlines()) == 1 + 3 * (2 + 1)
     writer = Writer()
     recorder.to_tensorboard(writer)
-    assert sum(line.startswith("2 ") for line in writer.lines) == 2 * 3 + 3
+    assert sum(line.startswith("2 ") for line in writer.lines) == (6 + 1) * 3  # two parameters and the output
 
 
 # ------------------------------------------------------------------------------------------------ pictures

@@ -63,6 +63,7 @@ class Through:
             return
         edge, entered.node = entered.node, None
         for node, place in consumers(tensors_of(output), edge):
+            entered.has_consumers = True
             self.watch.keep(node.register_hook(entered.came_from(place)))
 
     def leave(self, module: nn.Module, inputs: tuple, output: Any) -> None:
@@ -87,6 +88,7 @@ class Input:
     def __init__(self, through: Through, tensor: Tensor) -> None:
         self.through, self.tensor = through, weakref.ref(tensor)
         self.node: Any = None
+        self.has_consumers = False
         self._branch: Tensor | None = None
 
     def came_from(self, place: int) -> Callable[[tuple, tuple], None]:
@@ -99,7 +101,8 @@ class Input:
 
     def came(self, gradient: Tensor) -> None:
         branch, self._branch = self._branch, None
-        if not torch.is_grad_enabled():  # gradients that are differentiated again are none of a step's
+        came_through = branch is not None or not self.has_consumers  # else all of it came by other ways, for others
+        if came_through and not torch.is_grad_enabled():  # gradients that are differentiated again are none of a step's
             self.through.watch.note(self.through.row, gradient, branch)
 
 

@@ -40,7 +40,7 @@ def plot_depth(profiles: Sequence[GradientProfile], path: str | PathLike[str]) -
 def plot_heatmap(profiles: Sequence[GradientProfile], path: str | PathLike[str]) -> None:
     """log₁₀ mean |∂L/∂W| as brightness, weights from top to bottom, steps from left to right; zeros are left out."""
     _require(profiles)
-    names = list(profiles[0].mean_abs)
+    names = list({name: None for one in profiles for name in one.mean_abs})
     figure = picture.new_figure(8, max(3.0, min(10.0, 1.5 + 0.22 * len(names))))
     axes = figure.subplots()
     values = [[_log10(one.mean_abs.get(name, 0.0)) for one in profiles] for name in names]
@@ -60,7 +60,7 @@ def plot_heatmap(profiles: Sequence[GradientProfile], path: str | PathLike[str])
 def plot_halves(profiles: Sequence[GradientProfile], path: str | PathLike[str]) -> None:
     """A panel for each of up to six layers that take a skip: the norms through branch and skip."""
     _require(profiles)
-    names = [name for name, one in profiles[-1].inputs.items() if one.halves is not None]
+    names = list({n: None for profile in profiles for n, one in profile.inputs.items() if one.halves is not None})
     if not names:
         raise ValueError("no readout has the two halves of a gradient: no layer takes a skip whose input requires one")
     chosen = _spread(names, MOST_PANELS)

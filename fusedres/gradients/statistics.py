@@ -16,9 +16,10 @@ SMALLEST_OCTAVE = -record.EXPONENT_BIAS  # of numbers below 2^-126, which have o
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the numbers of a gradient. Means and the largest are over those that are finite.
+    """Of the numbers of a gradient. Means and the largest are over those that are finite, NaN where none is.
 
-    `octaves`: how many there are with 2^e <= |g| < 2^(e + 1), by e; -127 for all that are smaller and not 0.
+    `octaves`: how many there are with 2^e <= |g| < 2^(e + 1), by e from -126 to 127, as float32 has them; -127 for all
+    that are smaller and not 0, and 127 for all that are larger too.
     """
 
     count: int
@@ -41,7 +42,9 @@ class Statistics:
 class Halves(NamedTuple):
     """The gradient at a layer's input is a sum: what came through its branch, dz W, and what through its skip, λ ∂L/∂y.
 
-    Their L2 norms, and the cosine between them: 1 where they add up, -1 where they cancel, NaN where one of them is 0.
+    Of a module that says nothing of skips the branch is the module, and the skip whatever goes past it: x in x + f(x),
+    but of q, k and v on one input the other two as well. Their L2 norms, and the cosine between them: 1 where they add
+    up, -1 where they cancel, NaN where one of them is 0.
     """
 
     branch: float
@@ -90,14 +93,14 @@ def statistics_of(rows: Rows) -> list[Statistics]:
 
 def _statistics(row: Sequence[float], bins: dict[int, int]) -> Statistics:
     count, zeros, non_finite = row[record.COUNT], row[record.ZEROS], bins.pop(record.NOT_FINITE, 0)
-    finite = max(count - non_finite, 1.0)
+    finite = count - non_finite or (math.nan if count else 1.0)
     smallest = bins.pop(0, 0) - int(zeros)  # 0 has no exponent either
     octaves = {SMALLEST_OCTAVE: smallest} if smallest else {}
     return Statistics(
         count=int(count),
         mean_abs=row[record.SUM] / finite,
         rms=math.sqrt(row[record.SQUARES] / finite),
-        max_abs=row[record.LARGEST],
+        max_abs=row[record.LARGEST] if finite > 0 else math.nan,
         zero=zeros / max(count, 1.0),
         non_finite=non_finite / max(count, 1.0),
         octaves=octaves | {e - record.EXPONENT_BIAS: n for e, n in bins.items()},

@@ -35,7 +35,9 @@ def of_profile(profile: GradientProfile) -> str:
             else (f"{one.halves.branch:.3e}", f"{one.halves.skip:.3e}", f"{one.halves.cosine:.3f}")
         )
         path = "-" if one.identity_path is None else f"{one.identity_path:.3e}"
-        lines.append(f"{name:{width}}  {one.statistics.norm:10.3e}  {branch:>10}  {skip:>10}  {cosine:>7}  {path:>10}")
+        line = f"{name:{width}}  {one.statistics.norm:10.3e}  {branch:>10}  {skip:>10}  {cosine:>7}  {path:>10}"
+        lost = one.statistics.non_finite
+        lines.append(f"{line}  {lost:.1%} not finite" if lost else line)
     return "\n".join(lines)
 
 
@@ -72,8 +74,8 @@ def write_jsonl(profiles: Iterable[GradientProfile], path: str | PathLike[str]) 
 def write_tensorboard(profiles: Iterable[GradientProfile], writer: Any) -> None:
     """Scalars and histograms into a `torch.utils.tensorboard.SummaryWriter`, or what has its methods.
 
-    gradients/…, per parameter and per layer's input, means and norms; halves/… the norms through branch and skip; and
-    the histogram of log₂|g|.
+    gradients/…, per parameter and per layer's input, what `Statistics` has; halves/… the norms through branch and skip,
+    their cosine and the identity path; and the histogram of log₂|g|.
     """
     for profile in profiles:
         if profile.loss is not None:
@@ -81,14 +83,15 @@ def write_tensorboard(profiles: Iterable[GradientProfile], writer: Any) -> None:
         found = [("parameter", name, one) for name, one in profile.parameters.items()]
         found += [("input", name, one.statistics) for name, one in profile.inputs.items()]
         for kind, name, one in found:
-            writer.add_scalar(f"gradients/{kind}/{name}/mean_abs", one.mean_abs, profile.step)
-            writer.add_scalar(f"gradients/{kind}/{name}/norm", one.norm, profile.step)
+            for what in ("mean_abs", "rms", "norm", "max_abs", "zero", "non_finite"):
+                writer.add_scalar(f"gradients/{kind}/{name}/{what}", getattr(one, what), profile.step)
             if one.octaves:
                 _add_histogram(writer, f"log2/{kind}/{name}", one.octaves, profile.step)
         for name, input_ in profile.inputs.items():
-            if input_.halves is not None:
-                writer.add_scalar(f"halves/{name}/branch", input_.halves.branch, profile.step)
-                writer.add_scalar(f"halves/{name}/skip", input_.halves.skip, profile.step)
+            halves = {} if input_.halves is None else input_.halves._asdict()
+            for what, value in (halves | {"identity_path": input_.identity_path}).items():
+                if value is not None:
+                    writer.add_scalar(f"halves/{name}/{what}", value, profile.step)
 
 
 def _add_histogram(writer: Any, tag: str, octaves: dict[int, int], step: int) -> None:

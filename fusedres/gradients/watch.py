@@ -180,6 +180,7 @@ def _number_of(module: nn.Module) -> int:
 
 
 def _set_number(module: Any, number: int) -> None:
+    """On the module itself, in no state of it: a copy of it, or what is read from a file, has none."""
     module.watch = number
 
 

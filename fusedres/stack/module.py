@@ -254,7 +254,7 @@ class FusedResidualStack(nn.Module):
         return found if all(id(one) in ids for one in self._tensors()) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_bound"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_bound", "watch")}
 
     # ------------------------------------------------------------------------------------------ by layer
 
