@@ -290,13 +290,14 @@ def residual_options(
         TypeError: block cannot be called, or a number is none.
         ValueError: an option is unknown, out of range, or makes no sense with another.
     """
-    if not callable(block):
-        raise TypeError(f"block must be a torch.nn.Module, got {type(block).__name__}")
+    if not callable(block) or isinstance(block, type):
+        got = f"the class {block.__name__}" if isinstance(block, type) else type(block).__name__
+        raise TypeError(f"block must be a torch.nn.Module, got {got}")
     learned_scales(learn_skip_scale, learn_branch_scale)
     layer_spec("none", "none", "pre", "residual", skip_scale, branch_scale, drop_path, True, False)
     for name, value in (("channels", channels), ("channel_dim", channel_dim)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+        if value is not None:
+            _integer(name, value)
     if (learn_branch_scale == "channel") != (channels is not None):
         raise ValueError(
             "learn_branch_scale='channel' needs channels, how many x has at channel_dim, and nothing else takes them, "
@@ -313,8 +314,14 @@ def _floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be of a floating-point dtype, got {value.dtype}")
 
 
+def _integer(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+
+
 def _along(channel_dim: int, scale: Tensor, x: Tensor) -> Tensor:
     """A scale [C] as [C, 1, …], to multiply along a dimension of x."""
+    _integer("channel_dim", channel_dim)
     dims = x.dim()
     if not -dims <= channel_dim < dims:
         raise ValueError(f"channel_dim must be one of the {dims} dimensions of x {list(x.shape)}, got {channel_dim}")

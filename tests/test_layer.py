@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tolerances import rule_for
 from torch import Tensor
 
 import fusedres
+from fusedres import FusedResidualLinear, FusedResidualStack, philox
 
 ACTIVATIONS = ["gelu", "gelu-tanh", "relu", "silu", "tanh", "sin", "none"]
 SKIPS = ["identity", "residual", "projection", "concat", None]
@@ -150,6 +152,39 @@ def test_nan_stays_in_its_row(skip, device):
     assert y[others].isfinite().all()
     assert dx[7].isnan().any()
     assert dx[others].isfinite().all()
+
+
+def finite_where_dropped(module, x, device):
+    """That a row which loses its branch in every layer spoils nothing, though its branch would be infinite."""
+    torch.manual_seed(5)
+    depth = len(getattr(module, "layers", [module]))
+    kept = torch.stack([philox.kept_rows(philox.draw_seed(), x.shape[:1], 1 << 31, x.device) for _ in range(depth)])
+    row = int((~kept.any(0)).nonzero()[0])
+    with torch.no_grad():
+        x[row] = 3e38 * x[row].sign()
+    x.requires_grad_()
+    torch.manual_seed(5)
+    y = module(x)
+    found = torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
+    assert all(gradient.isfinite().all() for gradient in (y, *found))
+
+
+@pytest.mark.parametrize("way", ["fused", pytest.param("formula", marks=pytest.mark.launches_nothing)])
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("order", ["pre", "post"])
+@pytest.mark.parametrize("kind", ["layer", "stack"])
+def test_a_dropped_row_spoils_no_gradient(kind, order, recompute, way, device):
+    torch.manual_seed(0)
+    activation = "relu" if order == "post" else "gelu"  # of 3e38 itself, gelu' is no number in eager
+    options = {"drop_path": 0.5, "order": order, "activation": activation, "learn_branch_scale": "channel"}
+    options["recompute"] = recompute
+    made = FusedResidualLinear(16, **options) if kind == "layer" else FusedResidualStack([16] * 3, **options)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if name.endswith("weight"):
+                p.mul_(8)
+    with fusedres.eager() if way == "formula" else nullcontext():
+        finite_where_dropped(made.to(device), torch.randn(24, 16).to(device), device)
 
 
 def test_two_runs_give_the_same_bits(device):

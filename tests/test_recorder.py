@@ -140,6 +140,7 @@ def test_parameters_are_told_as_they_are(device):
 
 @both
 def test_accumulated_gradients_count_all_rows(device):
+    torch.manual_seed(0)
     stack, x = FusedResidualStack([6] * 4).to(device), torch.randn(20, 6, device=device, requires_grad=True)
     with Recorder(stack) as recorder:
         stack(x).square().sum().backward()
@@ -160,7 +161,7 @@ def test_accumulated_gradients_count_all_rows(device):
         assert one.statistics.norm == pytest.approx(other.statistics.norm, rel=1e-4)
         assert (one.halves is None) == (other.halves is None)
         if one.halves:
-            assert one.halves == pytest.approx(other.halves, rel=1e-3)
+            assert one.halves == pytest.approx(other.halves, rel=1e-3, abs=1e-5)  # a cosine may be nearly 0
 
 
 @both

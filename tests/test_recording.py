@@ -350,6 +350,47 @@ def test_what_is_not_finite_is_counted_and_left_out(backend, device):
     assert found.octaves == {0: 1, 1: 1, -127: 1}
 
 
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("size", [1e-8, 1e5], ids=["vanish", "overflow"])
+@pytest.mark.parametrize("kind", ["layer", "stack"])
+def test_float16_is_told_as_it_is_stored(kind, size, device):
+    """A loss scale is chosen by this: what float16 has no number for."""
+    torch.manual_seed(0)
+    made = FusedResidualLinear(16) if kind == "layer" else FusedResidualStack([16] * 3)
+    made, x = made.half().to(device), torch.randn(9, 16, device=device, dtype=torch.float16, requires_grad=True)
+    with Recorder(made) as recorder:
+        made(x).backward(torch.full((9, 16), 6e4 if size > 1 else 6e-8, dtype=torch.float16, device=device))
+        recorder.step()
+    found = next(iter(recorder.records[0].inputs.values())).statistics
+    assert found.zero == pytest.approx((x.grad == 0).double().mean().item())
+    assert found.non_finite == pytest.approx((~x.grad.isfinite()).double().mean().item())
+    assert found.zero + found.non_finite > 0
+
+
+@both
+def test_small_numbers_beside_large_ones_are_not_zero(device):
+    found = told(torch.tensor([1e-30] * 5 + [1e16] * 2, device=device))
+    assert found.zero == 0
+    assert found.octaves == {-100: 5, 53: 2}
+
+
+@both
+def test_lazily_negated_gradients(device):
+    total, branch = torch.tensor([3.0, -1.0], device=device), torch.tensor([1.0, 2.0], device=device)
+    row = recording.statistics([total], [torch._neg_view(-branch)], 1.0)[0].tolist()
+    assert halves_of(row) == pytest.approx((5**0.5, 13**0.5, (2 - 6) / 65**0.5))
+
+
+def test_parts_that_overlap_are_all_added():
+    part = torch.zeros(2, 2, record.ROW)
+    part[..., record.COUNT], part[..., record.SCALE] = 1.0, 1.0
+    found = recording._added_up([(2, part), (3, part)], 6)
+    assert found[:, record.COUNT].tolist() == [0, 0, 2, 4, 2, 0]
+    once = recording._added_up([(4, part[:1].double()), (1, part[:1].double())], 7)
+    assert once[:, record.COUNT].tolist() == [0, 1, 1, 0, 1, 1, 0]
+    assert recording._added_up([(1, part[:1].double())] * 2, 3)[:, record.COUNT].tolist() == [0, 2, 2]
+
+
 @pytest.mark.backends("cpu")
 @pytest.mark.parametrize("count", [1, 63, 64, 4032, 30_000, 70_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -358,6 +358,25 @@ def test_scales_of_another_dtype(backend, device):
     assert_close(found[2], branch.float().sum(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_scales_of_any_dtype_where_rows_drop(dtype, device):
+    torch.manual_seed(0)
+    branch, x = torch.randn(2, 9, 16, device=device)
+    scales = {"branch_scale": torch.tensor(0.75, dtype=dtype), "skip_scale": torch.tensor(-0.5, dtype=dtype)}
+    scales = {name: scale.to(device).requires_grad_() for name, scale in scales.items()}
+
+    def both(call):
+        torch.manual_seed(1)
+        y = call()
+        return y, *torch.autograd.grad(y.sum(), list(scales.values()))
+
+    y, da, dlam = both(lambda: residual(branch, x, **scales, drop_path=0.4))
+    with fusedres.eager():
+        expected = both(lambda: residual(branch, x, **scales, drop_path=0.4))
+    for found, other in zip((y, da, dlam), expected, strict=True):
+        assert_close(found, other, rtol=1e-2, atol=1e-2)
+
+
 # ---------------------------------------------------------------------------------------------- autograd
 
 
@@ -709,6 +728,10 @@ def test_wrong_operands(device):
         residual(x, x, branch_scale=torch.ones(2, device=device))
     with pytest.raises(ValueError, match=r"channel_dim must be one of the 2 dimensions of x \[2, 3\], got 2"):
         residual(x, x, branch_scale=torch.ones(3, device=device), channel_dim=2)
+    with pytest.raises(TypeError, match="channel_dim must be an integer, got str"):
+        residual(x, x, branch_scale=torch.ones(3, device=device), channel_dim="last")
+    with pytest.raises(TypeError, match=r"block must be a torch\.nn\.Module, got the class Linear"):
+        Residual(nn.Linear)
     with pytest.raises(ValueError, match=r"skip_scale must be \[\], a learned scalar, got shape \[1\]"):
         residual(x, x, skip_scale=torch.ones(1, device=device))
     with pytest.raises(TypeError, match=r"x must be of a floating-point dtype, got torch\.int64"):
