@@ -156,8 +156,8 @@ def test_forwards_without_a_backward_leave_one_hook_on_their_input():
 
 @both
 @pytest.mark.parametrize("options", [{}, {"skip": "concat"}, {"order": "post"}, {"learn_skip_scale": True}], ids=str)
-def test_autocast_of_a_float32_input_has_both_halves(options, device):
-    dtype = torch.bfloat16 if device == "cpu" else torch.float16  # bfloat16 is wrong in the interpreter
+def test_autocast_of_a_float32_input_has_both_halves(options, backend, device):
+    dtype = torch.bfloat16 if backend == "cpu" else torch.float16  # bfloat16 is wrong in the interpreter
     torch.manual_seed(0)
     layer, x = FusedResidualLinear(16, **options).to(device), torch.randn(9, 16, device=device, requires_grad=True)
     wide = copy.deepcopy(layer).double()

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class Hook:
-    """A hook on a module. Copied or read from a file along with the module, it does nothing."""
+    """A hook on a module. Where code is traced it does nothing, nor on a copy of the module or one read from a file."""
 
     def __init__(self, call: Callable[..., None] | None = None) -> None:
         self.call = call
 
     def __call__(self, *given: Any) -> None:
-        if self.call is not None:
+        if self.call is not None and not torch.compiler.is_compiling():
             self.call(*given)
 
     def __deepcopy__(self, memo: dict) -> Hook:
@@ -54,14 +54,14 @@ class Through:
         found = None if x is None else self._inputs.get(id(x))
         self._entered = found if found is not None and found.tensor() is x and self._step == self.watch.steps else None
         if self._entered is not None:
-            self._entered.node = torch.autograd.graph.get_gradient_edge(x)
+            self._entered.edge = torch.autograd.graph.get_gradient_edge(x)
 
     def leave_branch(self, module: nn.Module, inputs: tuple, output: Any) -> None:
         """After it: nodes that it has made and that lead straight to its input send back what comes through it."""
         entered, self._entered = self._entered, None
         if entered is None or not torch.is_grad_enabled():
             return
-        edge, entered.node = entered.node, None
+        edge, entered.edge = entered.edge, None
         for node, place in consumers(tensors_of(output), edge):
             entered.has_consumers = True
             self.watch.keep(node.register_hook(entered.came_from(place)))
@@ -87,7 +87,7 @@ class Input:
 
     def __init__(self, through: Through, tensor: Tensor) -> None:
         self.through, self.tensor = through, weakref.ref(tensor)
-        self.node: Any = None
+        self.edge: Any = None  # in autograd's graph, while the branch runs
         self.has_consumers = False
         self._branch: Tensor | None = None
 

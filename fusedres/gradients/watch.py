@@ -110,7 +110,7 @@ class Watch:
     def sees(self, tensor: Any) -> bool:
         """Whether what comes back to a tensor is to be noted."""
         is_tensor = self.is_open and isinstance(tensor, Tensor) and torch.is_grad_enabled()
-        return is_tensor and tensor.requires_grad and tensor.is_floating_point() and not torch.compiler.is_compiling()
+        return is_tensor and tensor.requires_grad and tensor.is_floating_point()
 
     def keep(self, handle: Any) -> None:
         """A hook on a tensor, until the end of the step."""
