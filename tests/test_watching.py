@@ -304,6 +304,15 @@ def test_parameters_that_were_replaced():
     assert all(one.mean_abs["1.weight"] > 0 for one in recorder.records)
 
 
+def test_parameters_that_do_not_lie_in_order():
+    model = nn.Linear(3, 2)
+    model.weight = nn.Parameter(torch.randn(3, 2).T)
+    with Recorder(model) as recorder:
+        model(torch.ones(1, 3)).sum().backward()
+        recorder.step()
+    assert recorder.records[0].mean_abs["weight"] == 1.0
+
+
 def test_where_no_number_is_finite_nothing_is_zero():
     model = nn.Linear(3, 2)
     with Recorder(model) as recorder:

@@ -46,7 +46,7 @@ class Recorder:
         scaler: a `torch.amp.GradScaler`, whose scale is taken out of what is recorded.
         keep: how many readouts stay in memory; when there are more, every second one goes, and from then on every
             second one is kept: they are spread over the whole training.
-        path: a file of JSON lines, to which all of them are written, however many.
+        path: a file of JSON lines, to which all of them are appended, however many.
 
     Raises:
         TypeError, ValueError: an argument is of another type, or out of range.
@@ -87,7 +87,7 @@ class Recorder:
         watch.sink.read_unscale = self._unscale
         with ExitStack() as stack:
             if self.path is not None:
-                self._file = stack.enter_context(open(self.path, "a"))
+                self._file = stack.enter_context(open(self.path, "a", buffering=1))
             stack.enter_context(watch.installed())
             self._stack = stack.pop_all()
         self._watch, self._model = watch, _Model(watch.core)
@@ -196,10 +196,11 @@ class _Model:
 
     def _slices_of(self, name: str, parameter: Tensor) -> list[str]:
         """The names of the layers' own in a stacked parameter: like parts of it, one after the other."""
-        found = split({name: parameter.detach()}, self._splits)
-        parts = zip(found.values(), parameter.detach().reshape(len(found), -1), strict=True)
-        if any(one.data_ptr() != part.data_ptr() or one.numel() != part.numel() for one, part in parts):
-            raise RuntimeError(f"{name} was expected to be a stack of {', '.join(found)}, each of them a slice of it")
+        found = split({name: parameter}, self._splits)
+        if len(found) > 1:
+            parts = zip(found.values(), parameter.detach().reshape(len(found), -1), strict=True)
+            if any(one.data_ptr() != part.data_ptr() or one.numel() != part.numel() for one, part in parts):
+                raise RuntimeError(f"{name} must be a stack of {', '.join(found)}, each of them a slice of it")
         return list(found)
 
     def parameters(self) -> dict[str, Tensor]:
