@@ -156,6 +156,11 @@ def apart(x: Tensor, number: int, has_skip: bool) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------- adding up
 
 
+def has_numbers(gradient: Tensor) -> bool:
+    """Whether there is something to count: not in meta tensors, nested ones, and batches of gradients."""
+    return gradient.layout == torch.strided and not gradient.is_meta and not dispatch.is_legacy_batch(gradient)
+
+
 def statistics(totals: Sequence[Tensor], branches: Sequence[Tensor] | None, unscale: float | Tensor) -> Tensor:
     """[n, ROW] in float64 of n gradients on one device, and, where given, of the halves that came through branches."""
     device, dtypes = totals[0].device, {t.dtype for t in totals}

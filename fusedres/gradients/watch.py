@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch, recording
+from .. import recording
 from ..kernels import record
 from .hooks import Hook, Through
 from .statistics import InputGradient, Statistics, halves_of
@@ -117,9 +117,8 @@ class Watch:
         self._handles.append(handle)
 
     def note(self, row: int, gradient: Tensor, branch: Tensor | None) -> None:
-        """What came to a tensor; not of what nobody can count: meta tensors, nested ones, batches of gradients."""
-        is_there = gradient.layout == torch.strided and not gradient.is_meta and not dispatch.is_legacy_batch(gradient)
-        if not self.is_open or not is_there:
+        """What came to a tensor, if it can be counted."""
+        if not self.is_open or not recording.has_numbers(gradient):
             return
         with torch.no_grad():
             rows = recording.statistics([gradient], None if branch is None else [branch], self.sink.unscale)

@@ -169,11 +169,6 @@ void backward_block(const Call &call, const ReadyLayers<T> &ready, const KeptLay
         zero_padding(panel.dz, rows, N);
         if (layer.skip == Skip::projection) zero_padding(panel.ds, rows, N);
 
-        const bool add = !gradients.is_empty;
-        if (C *dweight = gradients.dweight[size_t(l)])
-            weight_gradient<T>(call.has_brgemm, N, K, rows, panel.dz, ld, h, ldh, dweight, add, memory);
-        if (C *dprojection = gradients.dprojection[size_t(l)])
-            weight_gradient<T>(call.has_brgemm, N, K, rows, panel.ds, ld, h, ldh, dprojection, add, memory);
         if (wants_dh) {
             const bool adds_skip = layer.skip == Skip::identity;
             if (adds_skip) std::fill(panel.dh + rows.count * K, panel.dh + rows.padded * K, C(0));
@@ -187,6 +182,12 @@ void backward_block(const Call &call, const ReadyLayers<T> &ready, const KeptLay
             }
             if (record) record->add(l, panel.dh, K, rows.count, K, half);
         }
+
+        const bool add = !gradients.is_empty;
+        if (C *dweight = gradients.dweight[size_t(l)])
+            weight_gradient<T>(call.has_brgemm, N, K, rows, panel.dz, ld, h, ldh, dweight, add, memory);
+        if (C *dprojection = gradients.dprojection[size_t(l)])
+            weight_gradient<T>(call.has_brgemm, N, K, rows, panel.ds, ld, h, ldh, dprojection, add, memory);
     }
     gradients.is_empty = false;
     if (dx) {
