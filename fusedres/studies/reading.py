@@ -7,7 +7,7 @@ from math import isfinite, isnan, nan
 
 import torch
 
-from ..gradients import GradientComparison, GradientProfile
+from ..gradients import GradientComparison
 from .report import Finding
 
 
@@ -34,12 +34,6 @@ def spread(values: Iterable[float], form: str = ".3g") -> str:
     found = list(values)
     ends = dict.fromkeys((f"{least(found):{form}}", f"{worst(found):{form}}"))
     return " to ".join(ends)
-
-
-def mean_abs(profile: GradientProfile) -> dict[str, float]:
-    """mean |∂L/∂W| by weight; NaN where a number of it is not finite, which a profile counts and leaves out."""
-    lost = {name: profile.parameters[name].non_finite > 0 for name in profile.mean_abs}
-    return {name: nan if lost[name] else value for name, value in profile.mean_abs.items()}
 
 
 def all_finite(what: str, values: Iterable[float]) -> Finding:

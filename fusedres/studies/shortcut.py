@@ -165,7 +165,7 @@ def fit(shortcut: str, sizes: Sequence[int], budget: int) -> list[int]:
 def _readout(model: nn.Module, seed: int, width: int) -> dict[str, float]:
     """mean |∂L/∂W| by weight for a batch of standard normals, MSE against zeros."""
     x = _normals(ROWS, width, seed + 1).to(next(model.parameters()).device)
-    return reading.mean_abs(gradient_profile(model, x))
+    return gradient_profile(model, x).mean_abs
 
 
 def _normals(rows: int, width: int, seed: int) -> Tensor:

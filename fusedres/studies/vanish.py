@@ -112,7 +112,7 @@ def _draw(case: Case, has_skips: bool, seed: int, device: torch.device) -> Draw:
     loss.backward()
     reached = halves.reached(stack, x, lambda y: F.mse_loss(y, torch.zeros_like(y)))
     return Draw(
-        mean_abs=list(reading.mean_abs(profile).values()),
+        mean_abs=list(profile.mean_abs.values()),
         total=[one.total.norm().item() for one in reached],
         branch=[one.branch.norm().item() for one in reached],
         skip=[0.0 if one.skip is None else one.skip.norm().item() for one in reached],
