@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 import hashlib
 import json
@@ -10,7 +9,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from fusedres.studies.machine import commit, cpu_name, now, said
 
 FLUSH_BYTES = 256 * 2**20  # several times any L2
 
@@ -163,21 +163,21 @@ def machine(device: str = "cuda") -> dict[str, str]:
     facts = {"device": platform.processor() or platform.machine(), "driver": "none"}
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts = {"device": torch.cuda.get_device_name(), "driver": _output(query) or "unknown"}
+        facts = {"device": torch.cuda.get_device_name(), "driver": said(query) or "unknown"}
     return facts | {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "ptxas": ptxas(),
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": now(),
     }
 
 
 def host() -> dict[str, str | float]:
     """What a CPU figure has to be read with: the processor, its threads, compiler, versions, commit and date."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
@@ -188,16 +188,8 @@ def host() -> dict[str, str | float]:
         "commit": commit(),
         "sources": sources(),
         "load_before": round(os.getloadavg()[0], 2),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": now(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _compiler() -> str:
@@ -205,7 +197,7 @@ def _compiler() -> str:
     from fusedres import toolchain
 
     try:
-        return _output([*toolchain.find_compiler().command, "--version"]).partition("\n")[0] or "unknown"
+        return said([*toolchain.find_compiler().command, "--version"]).partition("\n")[0] or "unknown"
     except toolchain.Unavailable as why:
         return f"none: {why}"
 
@@ -251,8 +243,7 @@ class Results:
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Keep a row, with the commit and the hour it is of."""
-        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        self.rows[name] = {**row, "commit": self.record["commit"], "date": now}
+        self.rows[name] = {**row, "commit": self.record["commit"], "date": now()}
         self.write()
 
     def write(self) -> None:
@@ -266,21 +257,8 @@ class Results:
 def ptxas() -> str:
     """The version of the assembler that Triton runs: its wheel's, unless TRITON_PTXAS_PATH names another."""
     path = os.environ.get("TRITON_PTXAS_PATH") or str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
-    said = re.search(r"V(\d[\d.]*)", _output([path, "--version"]))
-    return said[1] if said else "unknown"
-
-
-def commit() -> str:
-    """The commit of this tree: git's, else the variable COMMIT, for a copy without its history."""
-    root = Path(__file__).resolve().parent.parent
-    return _output(["git", "-C", str(root), "rev-parse", "HEAD"]) or os.environ.get("COMMIT") or "unknown"
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    found = re.search(r"V(\d[\d.]*)", said([path, "--version"]))
+    return found[1] if found else "unknown"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def report(engine):
 
 
 def test_claims_hold(report, tmp_path):
-    assert study.holds(report, "at the start", "leaves 0", "not in the write-up") == [True] * 3
+    assert study.holds(report, "at the start", "leaves 0", "with a = 1", "are finite") == [True] * 4
     for one in report.data["gate"]:
         assert one["branch"][0] == one["gate"][0] == 0
         assert one["branch"][-1] > 0.1 * one["skip"][-1], "the branch's norm comes near the skip's"
@@ -38,19 +38,33 @@ def test_claims_hold(report, tmp_path):
     assert [path.name for path in report.write(tmp_path)] == ["gate.json", "gate.png"]
     assert (tmp_path / "gate.png").read_bytes().startswith(b"\x89PNG")
     assert "through the branch comes 0, 0 at step 1" in report.text()
+    assert f"120 steps, {120 / (1437 // 32):.1f} epochs" in report.text()
+    crossed = [one["crossing"] for one in report.data["gate"]]
+    assert study.holds(report, "later the two cross") == [None not in crossed]
 
 
 def test_a_gate_that_does_not_learn_is_noticed(monkeypatch):
     monkeypatch.setitem(gate.FORMS, "gate", {"branch_scale": 0.0})
     broken = study.run(gate, *SMALL, "--seeds", 1)
-    assert study.holds(broken, "later the two cross, and", "leaves 0") == [False, False]
+    assert study.holds(broken, "later the two cross, and", "comes to the size", "leaves 0") == [False] * 3
 
 
 def test_a_skip_that_is_not_there_is_noticed(monkeypatch):
     monkeypatch.setitem(gate.FORMS, "gate", {"skip_scale": 0.0})
     monkeypatch.setitem(gate.FORMS, "none", {"skip_scale": 0.0})
     broken = study.run(gate, *SMALL, "--seeds", 1)
-    assert study.holds(broken, "at the start", "not in the write-up") == [False, False]
+    assert study.holds(broken, "at the start", "with a = 1") == [False, False]
+
+
+def test_a_gradient_that_is_not_finite_is_noticed(monkeypatch):
+    smallest = gate.Training([1.0] * 60, [0.0] + [0.1] * 59, [1.0] * 60, [0.0] + [0.5] * 59, 0.9)
+    options = Namespace(steps=60, lr=1e-2)
+    for nan in ([], [7], [59]):
+        branch = [float("nan") if i in nan else value for i, value in enumerate(smallest.branch)]
+        spoilt = gate.Training(smallest.losses, branch, smallest.skip, smallest.gate, 0.9)
+        findings = gate._claims({"gate": [smallest, spoilt], "none": [smallest, smallest]}, options, 1.0)
+        assert findings[-1].holds == (not nan)
+        assert findings[0].holds == (7 not in nan)
 
 
 def test_norms_are_those_of_separate_views():
@@ -91,12 +105,15 @@ def test_forms_share_their_draws():
 
 
 def test_the_crossing_is_for_good():
-    skip = [1.0] * 60
-    assert gate.crossing([0.5] * 60, skip) is None
-    assert gate.crossing([2.0] * 60, skip) == 1
-    assert gate.crossing([0.0] * 20 + [2.0] * 40, skip) == 28  # 8 of 15 are above
-    assert gate.crossing([0.0] * 20 + [2.0] * 20 + [0.0] * 20, skip) is None
-    assert gate.crossing([2.0] * 3 + [float("nan")] * 57, skip) is None
+    skip = [1.0] * 100
+    assert gate.crossing([0.5] * 100, skip) is None
+    assert gate.crossing([2.0] * 100, skip) == 1
+    assert gate.crossing([0.0] * 20 + [2.0] * 80, skip) == 28  # 8 of 15 are above
+    assert gate.crossing([0.0] * 43 + [2.0] * 57, skip) == 51
+    assert gate.crossing([0.0] * 44 + [2.0] * 56, skip) is None, "49 steps are not yet for good"
+    assert gate.crossing([0.0] * 44 + [2.0] * 56, skip, stays=49) == 52
+    assert gate.crossing([0.0] * 20 + [2.0] * 60 + [0.0] * 20, skip) is None
+    assert gate.crossing([2.0] * 3 + [float("nan")] * 97, skip) is None
     torch.testing.assert_close(gate.smooth([1.0, 2.0, 6.0], 2), torch.tensor([1.0, 1.5, 4.0], dtype=torch.float64))
 
 

@@ -28,7 +28,10 @@ def report(engine):
 
 
 def test_claims_hold(report, tmp_path):
-    assert study.holds(report) == [True] * 5
+    assert study.holds(report, "equation", "∂F/∂x + 1", "identity path", "of this project") == [True] * 7
+    assert study.holds(report, "λ x + F(x): ") == [False, True, False]
+    assert report.holds, "two claims are known not to hold"
+    assert "does not hold, as is known: λ x + F(x): at 1 it is left alone" in report.text()
     assert [path.name for path in report.write(tmp_path)] == ["lambda.json", "lambda.png"]
 
 
@@ -53,7 +56,9 @@ def test_another_skip_scale_is_noticed(report, monkeypatch):
 
     monkeypatch.setattr(skip_scale, "FusedResidualLinear", of_another_scale)
     broken = study.run(skip_scale, *SMALL)
-    assert study.holds(broken) == [True, False, False, False, False]
+    assert study.holds(broken, "∂F/∂x + 1", "are finite") == [True] * 2
+    assert study.holds(broken, "identity path", "whole gradient still", "/ depth: ") == [False] * 5
+    assert not broken.holds
 
 
 def test_a_missing_skip_is_noticed(report, monkeypatch):
@@ -64,7 +69,40 @@ def test_a_missing_skip_is_noticed(report, monkeypatch):
 
     monkeypatch.setattr(skip_scale, "FusedResidualLinear", without)
     broken = study.run(skip_scale, *SMALL, "--seeds", 1)
-    assert not any(study.holds(broken, "identity path", "below 1", "above 1", "at 1"))
+    assert not any(study.holds(broken, "identity path", "/ depth: "))
+    assert study.holds(broken, "λ x + F(x): ")[:2] == [True, False]
+    assert not broken.holds
+
+
+def test_what_is_known_not_to_hold_must_not(report, monkeypatch):
+    """Where branches count nothing the write-up's recursion is its identity path: then all it says holds."""
+    carried = skip_scale.carried
+    monkeypatch.setattr(skip_scale, "carried", lambda scale, _, *rest: carried(scale, 0.0, *rest))
+    broken = study.run(skip_scale, *SMALL, "--seeds", 1)
+    assert study.holds(broken) == [True] * 10
+    assert not broken.holds
+    assert "HOLDS, which is known not to: λ x + F(x): at 1 it is left alone" in broken.text()
+    assert "10 of 10 claims hold, 0 do not, of which 0 known not to; 2 came out other than expected" in broken.text()
+
+
+@pytest.mark.parametrize("name", ["1/depth", "1", "0.1/depth"])
+def test_a_gradient_that_is_not_finite_is_noticed(report, monkeypatch, name):
+    carried = skip_scale.carried
+
+    def spoilt(scale, branch_scale, depth, width, seed, device):
+        found = carried(scale, branch_scale, depth, width, seed, device)
+        if (scale, seed) == (1.1, 1) and branch_scale == skip_scale.branch_scales(depth)[name]:
+            found.coefficient[-1] = found.norm[-1] = float("nan")
+        return found
+
+    monkeypatch.setattr(skip_scale, "carried", spoilt)
+    broken = study.run(skip_scale, *SMALL)
+    assert study.holds(broken, "are finite") == [False]
+    assert study.holds(broken, "λ x + F(x): above 1", "whole gradient", "/ depth: above 1") == [
+        name != "1",
+        name != "1/depth",
+        name != "1/depth",
+    ]
 
 
 @pytest.mark.parametrize(

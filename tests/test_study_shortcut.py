@@ -26,7 +26,7 @@ def report(engine):
 
 
 def test_claims_hold(report, tmp_path):
-    assert study.holds(report) == [True] * 4
+    assert study.holds(report) == [True] * 6
     assert "identity: 0 of 5 layers take it; projection: 5 of 5" in report.text()
     assert [path.name for path in report.write(tmp_path)] == ["shortcut.json", "shortcut.png"]
     for with_projections, without in zip(
@@ -46,6 +46,17 @@ def test_dense_layers_that_are_not_are_noticed(monkeypatch):
     build = shortcut.build
     monkeypatch.setattr(shortcut, "build", lambda name, *sizes: build("none" if name == "dense" else name, *sizes))
     assert study.holds(study.run(shortcut, *SMALL, "--seeds", 1), "concatenation") == [False]
+
+
+def test_fused_gradients_that_are_not_eagers_are_noticed(monkeypatch):
+    """A twin of other weights."""
+    monkeypatch.setattr(reference.ProjectionStack, "load_state_dict", lambda *_: None)
+    assert study.holds(study.run(shortcut, *SMALL, "--seeds", 1), "agree with eager") == [False]
+
+
+def test_a_loss_that_is_not_finite_is_noticed(monkeypatch):
+    monkeypatch.setattr(shortcut, "LEARNING_RATE", 1e30)
+    assert study.holds(study.run(shortcut, *SMALL, "--seeds", 1), "are finite") == [False]
 
 
 @pytest.mark.parametrize("name", shortcut.SHORTCUTS)

@@ -44,12 +44,15 @@ def test_what_the_write_up_printed_is_found(report):
 
 def test_why_a_skip_helps_the_weights(report):
     assert study.holds(report, "outer product", "so ∂L/∂W", "g is ∂L/∂x") == [True] * 3
+    assert study.holds(report, "agree with eager", "are finite") == [True] * 2
+    assert report.holds
 
 
 def test_zeros_are_counted(report):
     for counts in report.data["draws_by_layers_of_gradient_0"].values():
         assert sum(counts.values()) == 40
     assert report.data["draws_by_layers_of_gradient_0"]["eager"]["13"] >= 1
+    assert not any("exactly 0" in one.claim for one in report.findings), "counted, not judged"
 
 
 def test_report_is_drawn_and_said(report, tmp_path):
@@ -65,6 +68,35 @@ def test_without_skips_nothing_is_kept(monkeypatch):
     assert study.holds(broken, "case 1, with skips: mean |∂L/∂W| of the first") == [False]
     assert study.holds(broken, "skips keep") == [False]
     assert study.holds(broken, "g is ∂L/∂x") == [False]
+
+
+@pytest.mark.parametrize("seed", [100, 500, 1000, 3000])
+def test_another_first_seed_finds_the_same(report, seed):
+    assert study.holds(study.run(vanish, *SMALL, "--draws", 1, "--seed", seed)) == study.holds(report)
+
+
+@pytest.mark.parametrize(("place", "seed"), [(0, 0), (-1, 3)])
+def test_a_gradient_that_is_not_finite_is_noticed(report, monkeypatch, place, seed):
+    drawn = vanish._draw
+
+    def spoilt(case, has_skips, of_seed, device):
+        draw = drawn(case, has_skips, of_seed, device)
+        if has_skips and of_seed == seed:
+            draw.mean_abs[place] = float("nan")
+        return draw
+
+    monkeypatch.setattr(vanish, "_draw", spoilt)
+    broken = study.run(vanish, "--seeds", 5, "--wide-seeds", 1, "--draws", 1)
+    assert study.holds(broken, "are finite", "outer product") == [False] * 2
+    decades = study.holds(broken, "case 1, with skips: mean")
+    assert decades == ([False, True] if place == 0 else [True, False])
+
+
+def test_fused_gradients_that_are_not_eagers_are_noticed(report, monkeypatch):
+    """A twin of other weights."""
+    monkeypatch.setattr(vanish.ShapeGatedStack, "load_state_dict", lambda *_: None)
+    broken = study.run(vanish, "--seeds", 2, "--wide-seeds", 1, "--draws", 1)
+    assert study.holds(broken, "agree with eager") == [False]
 
 
 def test_a_lost_gradient_is_noticed(report, monkeypatch):

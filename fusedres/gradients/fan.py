@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 STYLES = (  # colour, line, marker: by the place of a λ among those drawn, and again from the first
     (picture.VERMILION, "--", "s"),
-    ("#E69F00", "-.", "v"),
+    (picture.ORANGE, "-.", "v"),
     ("black", "-", "o"),
-    (picture.SKY, "-.", "^"),
-    (picture.BLUE, "--", "D"),
+    (picture.SKY, ":", "^"),
+    (picture.BLUE, (0, (14, 3)), "D"),
 )
 MOST_MARKERS = 30  # on a line
 
@@ -31,7 +31,8 @@ def draw_fan(
     for i, scale in enumerate(scales):
         color, line, marker = STYLES[i % len(STYLES)]
         predicted = [scale**k for k in range(depth + 1)]
-        axes.plot(range(depth + 1), predicted, line, color=color, label="Πλ, predicted" if scale == 1 else None)
+        label = "Πλ, predicted" if scale == 1 else None
+        axes.plot(range(depth + 1), predicted, linestyle=line, color=color, label=label)
         axes.annotate(
             f"λ = {scale:g}",
             (depth, predicted[-1]),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette. Line styles and markers differ besides, for print without colour.
 BLUE, SKY, VERMILION, GREY = "#0072B2", "#56B4E9", "#D55E00", "#555555"
+GREEN, ORANGE = "#009E73", "#E69F00"
 INCHES_PER_LABEL = 2.6  # of a legend
 MOST_LABELS = 26  # more names than this cannot be read side by side
 

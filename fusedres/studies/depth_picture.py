@@ -14,24 +14,36 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMOOTHED = 25  # steps
-COLORS = {20: picture.SKY, 56: picture.VERMILION, 200: picture.BLUE, 1000: "black"}
+STYLES: dict[int, dict[str, Any]] = {  # by depth; deeper ones lie above, and thinner, so that none hides another
+    20: {"color": picture.GREEN, "marker": "o", "linewidth": 1.5, "linestyle": "-"},
+    56: {"color": picture.VERMILION, "marker": "s", "linewidth": 1.5, "linestyle": "--"},
+    200: {"color": picture.BLUE, "marker": "^", "linewidth": 4, "linestyle": "-", "alpha": 0.6},
+    1000: {"color": "black", "marker": "D", "linewidth": 1.5, "linestyle": (0, (3, 2))},
+}
 LINES = {"plain": "--", "residual": "-", "stochastic": ":"}
-MARKERS = {20: "o", 56: "s", 200: "^", 1000: "D"}
+MARKERS = {"plain": "s", "residual": "o", "stochastic": "^"}
+TITLES = {"stochastic": "residual, stochastic depth"}
 
 
-def trainings(found: Mapping[Any, Sequence[Any]], width: int) -> Figure:
-    """A panel per kind of network: the mean over seeds of the smoothed loss, and their range as a band."""
+def trainings(found: Mapping[Any, Sequence[Any]], baseline: Any, width: int, chance: float) -> Figure:
+    """A panel per kind of network, the baseline in all: seeds' mean of smoothed losses, and their range."""
     figure = picture.new_figure(14, 5)
-    kinds = dict.fromkeys(map(_kind, found))
+    kinds = dict.fromkeys(network.kind for network in found if network != baseline)
     panels = figure.subplots(1, len(kinds), sharey=True)
     for axes, kind in zip(panels, kinds, strict=True):
-        for network, runs in found.items():
-            if _kind(network) == kind:
-                _draw_losses(axes, network, torch.tensor([one.losses for one in runs]))
-        axes.set_title({"stochastic": "residual, stochastic depth"}.get(kind, kind))
+        style = {"color": picture.GREY, "linestyle": "-.", "label": "no layers: a linear classifier"}
+        _draw_losses(axes, found[baseline], style)
+        for i, (network, runs) in enumerate(found.items()):
+            if network.kind == kind:
+                label = f"{network.depth} layers"
+                _draw_losses(axes, runs, STYLES[network.depth] | {"label": label, "markevery": (0.03 * (i % 4), 0.13)})
+        axes.axhline(chance, color="black", linewidth=0.8, zorder=0)
+        axes.annotate("chance", (0, chance), xytext=(3, 3), textcoords="offset points")
+        axes.set_title(TITLES.get(kind, kind))
         axes.set_yscale("log")
         axes.set_xlabel("step")
         axes.grid(axis="y", color="0.9")
+        axes.set_axisbelow(True)
     panels[0].set_ylabel(f"training loss (cross-entropy), mean of {SMOOTHED} steps")
     figure.suptitle(f"digits, width {width}, ReLU; line and band: seeds' mean and range")
     return figure
@@ -67,24 +79,18 @@ def lesions(found: Mapping[Any, Sequence[Any]], networks: Sequence[Any], chance:
 def _draw_lesions(axes: Axes, network: Any, values: torch.Tensor) -> None:
     """values [seeds, layers]."""
     places = (torch.arange(network.depth) + 0.5) / network.depth
-    kind = _kind(network)
-    color, marker = COLORS[network.depth], "s" if kind == "plain" else "o"
-    if kind == "stochastic":
-        color, marker = picture.GREY, "^"
-    style: dict[str, Any] = {"marker": marker, "markersize": 4, "markerfacecolor": "none", "label": str(network)}
-    axes.plot(places, values.quantile(0.5, 0), LINES[kind], color=color, **style)
+    color = STYLES[network.depth]["color"]
+    style: dict[str, Any] = {"marker": MARKERS[network.kind], "markersize": 4, "markerfacecolor": "none"}
+    every = max(1, network.depth // 20)
+    axes.plot(
+        places, values.quantile(0.5, 0), LINES[network.kind], color=color, markevery=every, label=str(network), **style
+    )
     axes.fill_between(places, values.amin(0), values.amax(0), color=color, alpha=0.15, linewidth=0)
 
 
-def _kind(network: Any) -> str:
-    return "stochastic" if network.drops else "residual" if network.has_skips else "plain"
-
-
-def _draw_losses(axes: Axes, network: Any, curves: torch.Tensor) -> None:
+def _draw_losses(axes: Axes, runs: Sequence[Any], style: dict[str, Any]) -> None:
+    curves = torch.tensor([one.losses for one in runs])
     smooth = curves.unfold(1, min(SMOOTHED, curves.shape[1]), 1).mean(-1)
     steps = torch.arange(smooth.shape[1]) + curves.shape[1] - smooth.shape[1] + 1
-    color, marker = COLORS[network.depth], MARKERS[network.depth]
-    every = max(1, len(steps) // 8)
-    style: dict[str, Any] = {"color": color, "marker": marker, "markevery": every, "markerfacecolor": "none"}
-    axes.plot(steps, smooth.mean(0), "-", **style, label=f"{network.depth} layers")
-    axes.fill_between(steps, smooth.amin(0), smooth.amax(0), color=color, alpha=0.15, linewidth=0)
+    axes.plot(steps, smooth.mean(0), markerfacecolor="none", **style)
+    axes.fill_between(steps, smooth.amin(0), smooth.amax(0), color=style["color"], alpha=0.15, linewidth=0)

@@ -4,12 +4,13 @@ The write-up's network on scanned digits of 8 × 8 pixels, where it had larger o
 that the 4 × 4 pool leaves the block an image, of 4 × 4. As many steps as an epoch of 60 000 digits has, in batches of
 64; width, optimizer and rate are ours. Rates of 1e-3, 3e-3 and 1e-2 and widths of 8, 16 and 32 were tried: the higher
 the rate, and the narrower, the sooner and the oftener the norms cross; at 1e-3 and 16, with a gate, never in 900 steps.
+The write-up has one epoch; ours is as many steps, of fewer digits seen again and again.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..residual import Residual
-from . import arguments, digits, gate_picture
+from . import arguments, digits, gate_picture, reading
 from .report import Finding, Report, require
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -32,7 +33,9 @@ FORMS: dict[str, dict[str, Any]] = {
 SIDE, UPSAMPLED = 8, 2  # pixels of a digit; times as many go in, so that a pool of 4 leaves an image to the block
 FIRST = 10  # steps, which are the start
 SMOOTHED = 15  # steps, over which norms are averaged before they are compared
+STAYS = 50  # steps at the end at least, through which the branch's norm has to stay above for a crossing
 MUCH = 10.0  # times as large is much larger
+NEARLY_ALL = 0.9  # of the seeds
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Training:
 
     @property
     def crossing(self) -> int | None:
-        """The first step, from 1, from which on the branch's smoothed norm stays above the skip's; None without one."""
+        """The step of `crossing`, or None."""
         return crossing(self.branch, self.skip)
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,6 +62,7 @@ class Training:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(seeds=10)
     arguments.number(parser, "--steps", 938, "of each training")
     arguments.number(parser, "--batch", 64, "digits in a step")
     arguments.number(parser, "--width", 8, "channels of every convolution")
@@ -74,22 +78,31 @@ def run(options: argparse.Namespace, device: torch.device) -> Report:
         raise ValueError(f"--lr must be above 0, got {options.lr}")
     arguments.one_thread(device)
     found: dict[str, list[Training]] = {form: [] for form in FORMS}
-    seeds = arguments.seeds(options)
+    seeds, epochs = arguments.seeds(options), 0.0
     with tqdm(total=len(seeds) * len(FORMS) * options.steps, desc="gate", unit="step") as progress:
         for seed in seeds:
+            data = digits.load(seed, device)
             for form in FORMS:
                 progress.set_postfix_str(f"{form}, seed {seed}")
                 model = build(form, options.width, seed).to(device)
-                found[form].append(train(model, digits.load(seed, device), options, seed, progress.update))
+                found[form].append(train(model, data, options, seed, progress.update))
+            epochs = options.steps / (len(data.images) // options.batch)
     facts = arguments.facts(options, device, "steps", "batch", "width", "lr")
-    rules = {"smoothed": SMOOTHED, "first": FIRST, "much": MUCH, "upsampled": UPSAMPLED}
+    rules = {
+        "smoothed": SMOOTHED,
+        "stays": STAYS,
+        "first": FIRST,
+        "much": MUCH,
+        "upsampled": UPSAMPLED,
+        "epochs": round(epochs, 2),
+    }
     return Report(
         name="gate",
         question="A residual block on scanned digits: does more gradient reach its input by the skip or by the branch?",
         table=_table(found, options),
-        findings=_claims(found, options.lr),
+        findings=_claims(found, options, epochs),
         data=facts | rules | {form: [one.to_dict() for one in trainings] for form, trainings in found.items()},
-        figures={"": gate_picture.draw(found, SMOOTHED)},
+        figures={"": gate_picture.draw(found, seeds, SMOOTHED)},
     )
 
 
@@ -198,13 +211,13 @@ def smooth(values: Sequence[float], window: int = SMOOTHED) -> Tensor:
     return (total[last] - total[first]) / (last - first)
 
 
-def crossing(branch: Sequence[float], skip: Sequence[float]) -> int | None:
-    """The first step, from 1, from which on the smoothed branch stays above the smoothed skip; None without one."""
+def crossing(branch: Sequence[float], skip: Sequence[float], stays: int = STAYS) -> int | None:
+    """The first step, from 1, from which on the smoothed branch stays above the smoothed skip, for `stays` steps at
+    least; None without one.
+    """
     below = (~(smooth(branch) > smooth(skip))).nonzero().flatten()  # NaN is above nothing
-    if len(below) == 0:
-        return 1
-    first = int(below[-1]) + 2
-    return first if first <= len(branch) else None
+    first = int(below[-1]) + 2 if len(below) else 1
+    return first if len(branch) - first + 1 >= stays else None
 
 
 def _ratio(training: Training, at: slice) -> float:
@@ -222,8 +235,8 @@ def _table(found: Mapping[str, Sequence[Training]], options: argparse.Namespace)
         f"three convolutions of {options.width} channels on {SIDE * UPSAMPLED} × {SIDE * UPSAMPLED} pixels, 4 × 4 pool,"
         " the block, 2 × 2 pool, linear;",
         f"Adam at {options.lr}, batches of {options.batch}. The norm of ∂L/∂x through the branch over that by the skip",
-        f"at step 1, in the first {FIRST} and in the last; crossing: the first step from which on it is above 1, norms",
-        f"being means over {SMOOTHED} steps. Loss of the last {FIRST} steps; held-out digits right.",
+        f"at step 1, in the first {FIRST} and in the last; crossing: the first step from which on it is above 1, for",
+        f"{STAYS} steps at least, norms being means over {SMOOTHED} steps. Loss of the last {FIRST}; held-out right.",
         "",
         f"{'form':<6}{'seed':>5}{'step 1':>9}{f'to {FIRST}':>9}{f'last {FIRST}':>9}{'crossing':>10}{'a at end':>10}"
         f"{'loss':>9}{'held out':>10}",
@@ -239,11 +252,12 @@ def _table(found: Mapping[str, Sequence[Training]], options: argparse.Namespace)
     return "\n".join(lines)
 
 
-def _claims(found: Mapping[str, Sequence[Training]], lr: float) -> list[Finding]:
+def _claims(found: Mapping[str, Sequence[Training]], options: argparse.Namespace, epochs: float) -> list[Finding]:
     gate, none = found["gate"], found["none"]
-    starts, ends = ([_ratio(one, at) for one in gate] for at in (slice(FIRST), slice(-FIRST, None)))
+    starts, ends = ([_ratio(one, at) for one in gate] for at in (slice(FIRST), slice(-STAYS, None)))
     none_starts = [_ratio(one, slice(FIRST)) for one in none]
     gates = [one.gate[-1] for one in gate]
+    recorded = (v for of in found.values() for one in of for v in (*one.losses, *one.branch, *one.skip, *one.gate))
     return [
         Finding(
             f"at the start the norm on the skip is much the larger: {MUCH:g} times the branch's over {FIRST} steps",
@@ -252,25 +266,38 @@ def _claims(found: Mapping[str, Sequence[Training]], lr: float) -> list[Finding]
             all(one.branch[0] == 0 and ratio * MUCH <= 1 for one, ratio in zip(gate, starts, strict=True)),
         ),
         Finding(
-            "later the two cross, and the branch's takes over, in most seeds",
-            f"for good from step {_list([one.crossing for one in gate])}; at the end the branch's is "
-            f"{_list(ends, '.2f')} of the skip's",
-            _most(one.crossing is not None for one in gate),
+            "later the two cross, and the branch's takes over",
+            f"{_crossings(gate)}; holds in {NEARLY_ALL:.0%} of seeds at least. The write-up trains "
+            f"one epoch; this run is {options.steps} steps, {epochs:.1f} epochs of fewer digits",
+            _share(gate) >= NEARLY_ALL,
+            expected=False,
+        ),
+        Finding(
+            "of this project: in every seed the branch's norm comes to the size of the skip's, to over half of it",
+            f"over the last {STAYS} steps it is {_list(ends, '.2f')} of the skip's",
+            reading.least(ends) > 0.5,
         ),
         Finding(
             "the gate leaves 0",
-            f"a is {_list(gates, '.2f')} at the end, where a step moves it by about {lr:g} at most",
-            all(abs(one) > 10 * lr for one in gates),
+            f"a is {_list(gates, '.2f')} at the end, where a step moves it by about {options.lr:g} at most",
+            all(abs(one) > 10 * options.lr for one in gates),
         ),
         Finding(
-            "not in the write-up: with a = 1 from the start the skip's norm is the larger at first too, and they cross "
-            "in most seeds",
-            f"over {FIRST} steps the branch's is {_list(none_starts, '.2f')} of the skip's; for good from step "
-            f"{_list([one.crossing for one in none])}",
-            all(ratio < 1 for ratio in none_starts) and _most(one.crossing is not None for one in none),
+            "of this project: with a = 1 from the start the skip's norm is the larger at first too, and they cross in "
+            "most seeds",
+            f"over {FIRST} steps the branch's is {_list(none_starts, '.2f')} of the skip's; {_crossings(none)}",
+            reading.worst(none_starts) < 1 and _share(none) > 0.5,
         ),
+        reading.all_finite("losses, norms and gates of all steps", recorded),
     ]
 
 
-def _most(holds: Iterable[bool]) -> bool:
-    return mean(list(holds)) > 0.5
+def _share(trainings: Sequence[Training]) -> float:
+    """Of the seeds that cross for good."""
+    return mean(one.crossing is not None for one in trainings)
+
+
+def _crossings(trainings: Sequence[Training]) -> str:
+    steps = [one.crossing for one in trainings]
+    crossed = len(steps) - steps.count(None)
+    return f"in {crossed} of {len(steps)} seeds, from step {_list(steps)}, and for {STAYS} steps at least"

@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMS = {"gate": ("black", "-", "a learned, from 0"), "none": (picture.SKY, "-.", "a = 1")}
+FORMS = {"gate": ("black", "-", "a learned, from 0"), "none": (picture.GREEN, "-.", "a = 1")}
 HALVES = {
     "branch": (picture.BLUE, "-", "through the branch, ‖∂L/∂x_in‖"),
     "skip": (picture.VERMILION, "--", "by the skip, ‖∂L/∂x_res‖"),
 }
+ROWS = 4  # of seeds' numbers above one another, so that neighbours can be read
 
 
-def draw(found: Mapping[str, Sequence[Any]], smoothed: int) -> Figure:
+def draw(found: Mapping[str, Sequence[Any]], seeds: Sequence[int], smoothed: int) -> Figure:
     """Lines are means over seeds of means over `smoothed` steps, bands reach over the seeds."""
     figure = picture.new_figure(12, 7)
     grid = figure.subplots(2, 2)
@@ -36,7 +37,7 @@ def draw(found: Mapping[str, Sequence[Any]], smoothed: int) -> Figure:
     gate.set_ylabel("a, the branch's scale")
     gate.set_title("the gate, a line for each seed")
     for axes, form in zip(grid[1], FORMS, strict=True):
-        _draw_norms(axes, form, found[form], smoothed)
+        _draw_norms(axes, form, found[form], seeds, smoothed)
     grid[1][1].sharey(grid[1][0])
     for axes in grid.flat:
         axes.set_xlabel("step")
@@ -45,15 +46,24 @@ def draw(found: Mapping[str, Sequence[Any]], smoothed: int) -> Figure:
     return figure
 
 
-def _draw_norms(axes: Axes, form: str, trainings: Sequence[Any], smoothed: int) -> None:
+def _draw_norms(axes: Axes, form: str, trainings: Sequence[Any], seeds: Sequence[int], smoothed: int) -> None:
     for half, (color, line, label) in HALVES.items():
         _curve(axes, [getattr(one, half) for one in trainings], smoothed, color, line, label)
-    crossings = [one.crossing for one in trainings if one.crossing is not None]
-    for i, step in enumerate(crossings):
-        axes.axvline(step, color=picture.GREY, linestyle=":", label="crossing of a seed, for good" if i == 0 else None)
+    crossings = sorted(
+        (one.crossing, seed) for one, seed in zip(trainings, seeds, strict=True) if one.crossing is not None
+    )
+    for i, (step, seed) in enumerate(crossings):
+        label = "crossing for good, and the number of its seed" if i == 0 else None
+        axes.axvline(step, color=picture.GREY, linestyle=":", linewidth=1, label=label)
+        height = 0.03 + 0.05 * (i % ROWS)
+        box = {"facecolor": "white", "linewidth": 0, "pad": 0.8}
+        place = axes.get_xaxis_transform()
+        axes.text(step + 4, height, f"{seed}", transform=place, fontsize="small", bbox=box)
+    never = [str(seed) for one, seed in zip(trainings, seeds, strict=True) if one.crossing is None]
+    told = f"; not {', '.join(never)}" if never else ""
     axes.set_yscale("log")
     axes.set_ylabel("‖∂L/∂x‖ at the block's input")
-    axes.set_title(f"{FORMS[form][2]}: {len(crossings)} of {len(trainings)} seeds cross for good")
+    axes.set_title(f"{FORMS[form][2]}: {len(crossings)} of {len(trainings)} seeds cross for good{told}")
 
 
 def _curve(axes: Axes, curves: Sequence[Sequence[float]], smoothed: int, color: str, line: str, label: str) -> None:

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..gradients import compare_gradients, gradient_profile
+from ..gradients import GradientComparison, compare_gradients, gradient_profile
 from ..modules import FusedResidualLinear
 from ..reference import ProjectionStack
 from ..stack import FusedResidualStack
-from . import arguments, shortcut_picture
+from . import arguments, reading, shortcut_picture
 from .report import Finding, Report, require
 
 SIZES = (128, 64, 32, 16, 8, 1)
@@ -79,7 +79,8 @@ def run(options: argparse.Namespace, device: torch.device) -> Report:
                 _train(model, one, options.steps, seed, sizes, progress)
                 found[shortcut].append(one)
     counts = {shortcut: count(build(shortcut, of, 0)) for shortcut, of in fitted.items()}
-    apart = _apart(sizes, options.seed, device)
+    twins = _twins(sizes, options.seed, device)
+    apart = twins.largest_relative_difference
     facts = arguments.facts(options, device, "sizes", "steps") | {"rows": ROWS, "batch": BATCH, "budget": budget}
     measured = {
         "widths": fitted,
@@ -92,7 +93,11 @@ def run(options: argparse.Namespace, device: torch.device) -> Report:
         name="shortcut",
         question="What does a shortcut do where sizes differ: nothing, a projection, or the input kept beside?",
         table="\n".join([*_readouts(as_written, apart), "", *_budgets(found, fitted, counts, options)]),
-        findings=_claims(as_written, found, sizes),
+        findings=[
+            *_claims(as_written, found, sizes),
+            reading.agreement({"with projections": twins}),
+            _all_finite(as_written, found),
+        ],
         data=facts | measured,
         figures={"": shortcut_picture.draw(as_written, found, SMOOTHED)},
     )
@@ -159,7 +164,8 @@ def fit(shortcut: str, sizes: Sequence[int], budget: int) -> list[int]:
 
 def _readout(model: nn.Module, seed: int, width: int) -> dict[str, float]:
     """mean |∂L/∂W| by weight for a batch of standard normals, MSE against zeros."""
-    return gradient_profile(model, _normals(ROWS, width, seed + 1).to(next(model.parameters()).device)).mean_abs
+    x = _normals(ROWS, width, seed + 1).to(next(model.parameters()).device)
+    return gradient_profile(model, x).mean_abs
 
 
 def _normals(rows: int, width: int, seed: int) -> Tensor:
@@ -196,13 +202,13 @@ def _loss(model: nn.Module, x: Tensor, seed: int) -> Tensor:
     return F.mse_loss(y, teacher(x, seed).expand_as(y))
 
 
-def _apart(sizes: Sequence[int], seed: int, device: torch.device) -> float:
-    """Between fused and the write-up's network by eager, with projections: the largest relative difference."""
+def _twins(sizes: Sequence[int], seed: int, device: torch.device) -> GradientComparison:
+    """Fused and the write-up's network by eager, with projections."""
     torch.manual_seed(seed)
     fused = FusedResidualStack(sizes, skip="projection").to(device)
     eager = ProjectionStack(sizes).to(device)
     eager.load_state_dict(fused.state_dict())
-    return compare_gradients(fused, eager, _normals(ROWS, sizes[0], seed + 1).to(device)).largest_relative_difference
+    return compare_gradients(fused, eager, _normals(ROWS, sizes[0], seed + 1).to(device))
 
 
 # ------------------------------------------------------------------------------------------------ claims and output
@@ -216,7 +222,7 @@ def _claims(
     gains = [_ends(a)[0] / _ends(b)[0] for a, b in pairs]
     spreads = [[_ends(one)[1] / _ends(one)[0] for one in pair] for pair in pairs]
     projections = [name for name in pairs[0][0] if name.startswith("projections")]
-    least = min(min(a[name] for name in projections) for a, _ in pairs) if projections else 0.0
+    least = reading.least(a[name] for name in projections for a, _ in pairs) if projections else 0.0
     differ = sum(K != N for K, N in pairwise(sizes))
     taken = {shortcut: skips_taken(build(shortcut, sizes, 0)) for shortcut in ("identity", "projection")}
     dense = build("dense", sizes, 0)
@@ -231,9 +237,9 @@ def _claims(
         ),
         Finding(
             "with shortcuts more gradient reaches the first layer's weight than without",
-            f"{min(gains):.3g} to {max(gains):.3g} times as much over {len(gains)} seeds; the least of a projection's "
+            f"{reading.spread(gains)} times as much over {len(gains)} seeds; the least of a projection's "
             f"weight: {least:.1e}",
-            min(gains) > 1 and least > 0,
+            reading.least(gains) > 1 and least > 0,
         ),
         Finding(
             "with shortcuts the layers' gradients lie closer together",
@@ -248,6 +254,13 @@ def _claims(
             wide == [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)] and firsts["dense"] > firsts["none"],
         ),
     ]
+
+
+def _all_finite(as_written: Mapping[str, list[dict[str, float]]], found: Mapping[str, Sequence[Found]]) -> Finding:
+    runs = [one for of in found.values() for one in of]
+    readouts = [*(one for of in as_written.values() for one in of), *(one.mean_abs for one in runs)]
+    gradients = [value for one in readouts for value in one.values()]
+    return reading.all_finite("all gradients and losses", gradients + [loss for one in runs for loss in one.losses])
 
 
 def _ends(readout: Mapping[str, float]) -> tuple[float, float]:

@@ -1,4 +1,8 @@
-"""System C: λ on the skip: the gradient of a block with ReLU after the addition, and Πλ over depth."""
+"""System C: λ on the skip: the gradient of a block with ReLU after the addition, and Πλ over depth.
+
+The write-up's recursion is x_{l+1} = λ x_l + F(x_l). It is judged as it stands, a = 1, and in a form of this project's,
+x_{l+1} = λ x_l + a F(x_l) with a = 1 / depth, where all branches together count as one does.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..gradients import picture
-from ..gradients.fan import STYLES, draw_fan
 from ..modules import FusedResidualLinear
-from . import arguments, digits
+from . import arguments, digits, reading, skip_scale_picture
 from .report import Finding, Report, require
 
 SCALES = (0.5, 0.9, 1.0, 1.1, 2.0)  # λ
 ROWS = 256  # digits, of which the loss is
 ROUNDING = 1e-5  # relative: a thousand roundings of fp32, some one per layer add up
 NEAR = 0.1  # of Πλ: what the whole gradient may differ where branches are small
+ALONE = 2.0  # times as large or as small, at most, is what was left alone
+BELOW, ABOVE = [scale for scale in SCALES if scale < 1], [scale for scale in SCALES if scale > 1]
+CLAIMS = {"below 1 it vanishes with depth": BELOW, "above 1 it explodes": ABOVE, "at 1 it is left alone": [1.0]}
+WHOLE, SMALL = "1", "1/depth"  # branch scales: the write-up's, and this project's
 
 
 class Block(nn.Module):
@@ -84,13 +90,13 @@ def run(options: argparse.Namespace, device: torch.device) -> Report:
         table=_table(fan, options),
         findings=[_equation(errors, options.blocks), *_claims(fan, depth)],
         data=_data(fan, errors, options, device),
-        figures={"": _draw(fan, depth)},
+        figures={"": _picture(fan, depth)},
     )
 
 
 def branch_scales(depth: int) -> dict[str, float]:
     """a of x_{l+1} = λ x_l + a F(x_l), by name."""
-    return {"0": 0.0, "0.1/depth": 0.1 / depth, "1/depth": 1 / depth, "1/√depth": depth**-0.5, "1": 1.0}
+    return {"0": 0.0, "0.1/depth": 0.1 / depth, SMALL: 1 / depth, "1/√depth": depth**-0.5, WHOLE: 1.0}
 
 
 # ------------------------------------------------------------------------------------------------ measured
@@ -145,46 +151,83 @@ def _gradients(
 
 
 def _equation(errors: list[float], blocks: int) -> Finding:
+    error = reading.worst(errors)
     return Finding(
         "the gradient at a block's input is ∂L/∂y · (∂F/∂x + 1) where ReLU passes",
-        f"but for {max(errors):.1e} of its largest, over {blocks} blocks and {len(errors) // blocks} seeds; ∂F/∂x by "
+        f"but for {error:.1e} of its largest, over {blocks} blocks and {len(errors) // blocks} seeds; ∂F/∂x by "
         "autograd in float64",
-        max(errors) < ROUNDING,
+        error < ROUNDING,
     )
 
 
 def _claims(fan: Fan, depth: int) -> list[Finding]:
-    """What the write-up says of Πλ: on the identity path alone, then of the whole gradient where branches are small."""
-    alone = max(deviation(fan, scale, "0", depth) for scale in SCALES)
-    near = max(deviation(fan, scale, "1/depth", depth) for scale in SCALES)
-    findings = [
+    """What the write-up says of Πλ, as it stands and in this project's form."""
+    alone, near = (reading.worst(deviation(fan, scale, name, depth) for scale in SCALES) for name in ("0", SMALL))
+    recorded = (
+        value
+        for by_name in fan.values()
+        for seeds in by_name.values()
+        for one in seeds
+        for value in (*one.coefficient, *one.norm)
+    )
+    return [
         Finding(
             "the identity path from layer L back to l carries the coefficient Πλ",
-            f"with branches of scale 0 the coefficient is Πλ but for {alone:.1e} of it, for every λ and k ≤ {depth}; "
-            f"with branches of scale 1/depth, whose paths add to it, but for {near:.1%}",
-            alone < ROUNDING and near < NEAR,
-        )
+            f"but for {alone:.1e} of it, for every λ and k ≤ {depth}, where branches count 0: nothing else is there, "
+            "so this is arithmetic, and says no more than that skips are multiplied by λ",
+            alone < ROUNDING,
+        ),
+        *_as_it_stands(fan, depth),
+        Finding(
+            f"of this project: with branches of scale {SMALL} the whole gradient still has the coefficient Πλ",
+            f"but for {near:.1%}: the paths through branches add that much to it",
+            near < NEAR,
+        ),
+        *_of_small_branches(fan, depth),
+        reading.all_finite("coefficients and norms of all gradients", recorded),
     ]
-    for words, chosen in (
-        ("below 1 it vanishes with depth", [scale for scale in SCALES if scale < 1]),
-        ("above 1 it explodes", [scale for scale in SCALES if scale > 1]),
-        ("at 1 it is left alone", [1.0]),
-    ):
-        wholes = {scale: median(one.norm[-1] for one in fan[scale]["1/depth"]) for scale in chosen}
-        told = ", ".join(f"λ = {scale:g}: {whole:.2g} (Πλ {scale**depth:.2g})" for scale, whole in wholes.items())
-        findings.append(
-            Finding(
-                words,
-                f"‖∂L/∂x_l‖ / ‖∂L/∂x_L‖ over {depth} layers, branches of scale 1/depth: {told}",
-                all(abs(whole / scale**depth - 1) < NEAR for scale, whole in wholes.items()),
-            )
+
+
+def _as_it_stands(fan: Fan, depth: int) -> list[Finding]:
+    """The three claims at a = 1, of every seed. What vanishes or explodes goes half of Πλ's decades at least."""
+    ends = {scale: [one.norm[-1] for one in fan[scale][WHOLE]] for scale in SCALES}
+    far = "holds where every λ and seed goes half of Πλ's decades at least"
+    near = f"holds between 1/{ALONE:g} and {ALONE:g}"
+    found = (  # by CLAIMS: the rule, whether it holds, whether it is known to
+        (far, all(reading.worst(ends[scale]) < scale ** (depth / 2) for scale in BELOW), False),
+        (far, all(reading.least(ends[scale]) > scale ** (depth / 2) for scale in ABOVE), True),
+        (near, reading.least(ends[1.0]) > 1 / ALONE and reading.worst(ends[1.0]) < ALONE, False),
+    )
+    return [
+        Finding(f"λ x + F(x): {words}", f"{_told(fan, WHOLE, scales, depth)}; {rule}", holds, expected)
+        for (words, scales), (rule, holds, expected) in zip(CLAIMS.items(), found, strict=True)
+    ]
+
+
+def _of_small_branches(fan: Fan, depth: int) -> list[Finding]:
+    """The three claims where branches are small: the norm is Πλ, but for a tenth, of every seed."""
+    return [
+        Finding(
+            f"of this project: λ x + F(x) / depth: {words}",
+            f"{_told(fan, SMALL, scales, depth)}; holds within {NEAR:.0%} of Πλ",
+            reading.worst(abs(one.norm[-1] / scale**depth - 1) for scale in scales for one in fan[scale][SMALL]) < NEAR,
         )
-    return findings
+        for words, scales in CLAIMS.items()
+    ]
+
+
+def _told(fan: Fan, name: str, scales: Sequence[float], depth: int) -> str:
+    """‖∂L/∂x_0‖ / ‖∂L/∂x_L‖, its range over seeds, beside Πλ."""
+    ends = {scale: reading.spread((one.norm[-1] for one in fan[scale][name]), ".2g") for scale in scales}
+    told = ", ".join(f"λ = {scale:g}: {end} (Πλ {scale**depth:.2g})" for scale, end in ends.items())
+    return f"‖∂L/∂x_0‖ / ‖∂L/∂x_L‖ is, {told}"
 
 
 def deviation(fan: Fan, scale: float, name: str, depth: int) -> float:
     """The largest |coefficient / Πλ - 1| over depth and seeds."""
-    return max(abs(one.coefficient[k] / scale**k - 1) for one in fan[scale][name] for k in range(1, depth + 1))
+    return reading.worst(
+        abs(one.coefficient[k] / scale**k - 1) for one in fan[scale][name] for k in range(1, depth + 1)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -234,29 +277,12 @@ def _data(fan: Fan, errors: list[float], options: argparse.Namespace, device: to
     return facts | {"rows": ROWS, "equation_errors": short(errors), "lambdas": found}
 
 
-def _draw(fan: Fan, depth: int) -> Any:
-    """The fan with what was measured, and how far that is from Πλ by the scale of branches."""
-    figure = picture.new_figure(13, 5.4)
-    left, right = figure.subplots(1, 2)
+def _picture(fan: Fan, depth: int) -> Any:
+    """Coefficients with small branches, and how far they are from Πλ by the scale of branches."""
     measured = {
-        scale: [median(one.coefficient[k] for one in by_name["1/depth"]) for k in range(depth + 1)]
+        scale: [median(one.coefficient[k] for one in by_name[SMALL]) for k in range(depth + 1)]
         for scale, by_name in fan.items()
     }
-    draw_fan(left, depth, SCALES, measured)
-    left.set_title("branches of scale 1/depth: median over seeds")
     sizes = {name: value for name, value in branch_scales(depth).items() if value > 0}
-    for scale, (color, line, marker) in zip(SCALES, STYLES, strict=True):
-        values = [deviation(fan, scale, name, depth) for name in sizes]
-        style = {"color": color, "marker": marker, "markerfacecolor": "none", "label": f"λ = {scale:g}"}
-        right.plot(list(sizes.values()), values, line, **style)
-    right.set_xscale("log")
-    right.set_yscale("log")
-    right.minorticks_off()
-    right.set_xticks(list(sizes.values()), list(sizes))
-    right.axhline(NEAR, color="black", linewidth=0.8)
-    right.annotate(f"{NEAR:.0%}", (min(sizes.values()), NEAR), xytext=(0, 3), textcoords="offset points")
-    right.set_xlabel("scale a of the branches")
-    right.set_ylabel("largest |coefficient / Πλ - 1|")
-    right.set_title("how far other paths move the coefficient")
-    right.grid(axis="y", color="0.9")
-    return figure
+    moved = {scale: [deviation(fan, scale, name, depth) for name in sizes] for scale in SCALES}
+    return skip_scale_picture.draw(depth, measured, SMALL, sizes, moved, NEAR)

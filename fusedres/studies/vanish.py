@@ -6,8 +6,7 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from math import inf, log10
+from math import log10
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -15,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..gradients import compare_gradients, gradient_profile
+from ..gradients import GradientComparison, compare_gradients, gradient_profile
 from ..reference import ShapeGatedStack
 from ..stack import FusedResidualStack
-from . import arguments, halves, vanish_picture
-from .report import Finding, Report, require
+from . import arguments, halves, reading, vanish_claims, vanish_picture
+from .report import Report, require
+from .vanish_claims import NAMES, log
 
 WIDE = (128, 256, 512, 1024, 512, 256, 128, 1)
-NAMES = {True: "with skips", False: "without"}
-DECADES = 1.0  # of our median from the write-up's figure, which is of one draw; draws spread over four and more
 
 
 class Case(NamedTuple):
@@ -54,6 +52,7 @@ class Draw:
     branch: list[float]  # its half through the branch
     skip: list[float]  # its half through the skip, 0 without one
     skips_alone: list[float]  # ‖Πλ g‖
+    weight: list[float]  # ‖∂L/∂W‖
     outer: list[float]  # mean |dz| · mean |x|, which is mean |∂L/∂W| where one sample makes it an outer product
     reached: list[halves.Reached]
     dweight: Tensor  # ∂L/∂W of the first layer
@@ -87,11 +86,11 @@ def run(options: argparse.Namespace, device: torch.device) -> Report:
         zeros = {}
         for name, build in (("fused", FusedResidualStack), ("eager", ShapeGatedStack)):
             zeros[name] = _zeros(build, small, arguments.seeds(options, options.draws), device, bar)
-    twins = {case.title: _apart(case, options.seed, device) for case, _ in plan}
+    twins = {case.title: _twins(case, _first_alive(seeds, drawn[case.title][True]), device) for case, seeds in plan}
 
     cases = [case for case, _ in plan]
-    findings = [*(one for case in cases for one in _claims(case, drawn[case.title], options.seed)), _zero_claim(zeros)]
-    findings += answer(drawn[small.title])
+    findings = [one for case in cases for one in vanish_claims.of_case(case, drawn[case.title], options.seed)]
+    findings += [*vanish_claims.answer(drawn[small.title]), reading.agreement(twins), vanish_claims.all_finite(drawn)]
     return Report(
         name="vanish",
         question="How much gradient reaches the weights of each layer, with skips and without, and why?",
@@ -108,16 +107,17 @@ def run(options: argparse.Namespace, device: torch.device) -> Report:
 def _draw(case: Case, has_skips: bool, seed: int, device: torch.device) -> Draw:
     stack = case.build(has_skips, seed).to(device)
     x = case.x().to(device)
-    mean_abs = list(gradient_profile(stack, x).mean_abs.values())
+    profile = gradient_profile(stack, x)
     loss = F.mse_loss(y := stack(x), torch.zeros_like(y))
     loss.backward()
     reached = halves.reached(stack, x, lambda y: F.mse_loss(y, torch.zeros_like(y)))
     return Draw(
-        mean_abs,
+        mean_abs=list(profile.mean_abs.values()),
         total=[one.total.norm().item() for one in reached],
         branch=[one.branch.norm().item() for one in reached],
         skip=[0.0 if one.skip is None else one.skip.norm().item() for one in reached],
         skips_alone=halves.through_skips_alone(reached, [1.0] * len(reached)),
+        weight=[profile.parameters[name].norm for name in profile.mean_abs],
         outer=[_outer(one, layer[0]) for one, layer in zip(reached, stack.layers, strict=True)],
         reached=reached,
         dweight=stack.layers[0][0].weight.grad.double(),
@@ -142,114 +142,17 @@ def _zeros(build: type[nn.Module], case: Case, seeds: range, device: torch.devic
     return dict(sorted(found.items()))
 
 
-def _apart(case: Case, seed: int, device: torch.device) -> float:
-    """Between fused and eager, the largest relative difference of a gradient, with skips, under the first seed."""
+def _first_alive(seeds: range, draws: Sequence[Draw]) -> int:
+    """The first of all where none is."""
+    return next((seed for seed, draw in zip(seeds, draws, strict=True) if vanish_claims.is_alive(draw)), seeds[0])
+
+
+def _twins(case: Case, seed: int, device: torch.device) -> GradientComparison:
+    """Fused and eager with skips, under one seed."""
     fused = case.build(True, seed).to(device)
     eager = ShapeGatedStack(case.sizes).to(device)
     eager.load_state_dict(fused.state_dict())
-    return compare_gradients(fused, eager, case.x().to(device)).largest_relative_difference
-
-
-# ------------------------------------------------------------------------------------------------ claims
-
-
-def _claims(case: Case, drawn: dict[bool, list[Draw]], seed: int) -> list[Finding]:
-    """The decades of the write-up, and how many layers take the skip."""
-    findings = []
-    for has_skips, printed in (case.printed or {}).items():
-        for place, where in ((0, "first"), (-1, "last")):
-            values = [_log(draw.mean_abs[place]) for draw in drawn[has_skips]]
-            claimed = log10(printed[place])
-            findings.append(
-                Finding(
-                    f"{case.title}, {NAMES[has_skips]}: mean |∂L/∂W| of the {where} layer is of the decade of "
-                    f"{printed[place]:.1e}, 10^{claimed:.1f}",
-                    f"median 10^{median(values):.1f} of {len(values)} seeds, from {_power(min(values))} to "
-                    f"{_power(max(values))}; holds within {DECADES:g} decade of the median",
-                    abs(median(values) - claimed) <= DECADES,
-                )
-            )
-    skips = case.build(True, seed).skips
-    taken = f"{sum(skips)} of {len(skips)} layers take the skip"
-    same = all(a.mean_abs == b.mean_abs for a, b in zip(*drawn.values(), strict=True))
-    if any(K == N for K, N in pairwise(case.sizes)):
-        gains = [_log(a.mean_abs[0]) - _log(b.mean_abs[0]) for a, b in zip(*drawn.values(), strict=True)]
-        measured = f"{taken}; first layer, with skips over without: median 10^{median(gains):.1f}"
-        findings.append(Finding(f"{case.title}: skips keep the gradient", measured, median(gains) > 2))
-    else:
-        measured = f"{taken}: no two neighbours are alike. Gradients {'are equal bit for bit' if same else 'differ'}"
-        findings.append(Finding(f"{case.title}: the effect of the skips has vanished", measured, same))
-    return findings
-
-
-def _zero_claim(zeros: dict[str, dict[int, int]]) -> Finding:
-    ones = {name: found.get(1, 0) for name, found in zeros.items()}
-    more = {name: sum(count for layers, count in found.items() if layers > 1) for name, found in zeros.items()}
-    draws = sum(zeros["eager"].values())
-    return Finding(
-        "case 1, with skips: one layer's gradient can come out as exactly 0",
-        f"just one layer in {ones['eager']} of {draws} draws by eager and in {ones['fused']} fused; more, mostly all, "
-        f"in {more['eager']} and {more['fused']}: there the last GELU saturates, and the output is 0",
-        max(ones.values()) > 0,
-    )
-
-
-def answer(drawn: dict[bool, list[Draw]]) -> list[Finding]:
-    """Why a skip helps ∂L/∂W: that is made of the gradient at the layer's output, which comes through later skips.
-
-    Draws whose last GELU is saturated, so that hardly any gradient enters, are left out of comparisons of digits.
-    """
-    alive = [(a, b) for a, b in zip(drawn[True], drawn[False], strict=True) if a.mean_abs[-1] > 1e-6]
-    outer = max(
-        abs(of_outer - mean) / mean
-        for pair in alive
-        for one in pair
-        for of_outer, mean in zip(one.outer, one.mean_abs, strict=True)
-        if mean > 0
-    )
-    # of the same x, W and z, and so of the same φ'(z): what differs with skips is g alone
-    same = max(_unexplained(a, b) for a, b in alive)
-    kept = {has: median(_ratio(draw) for draw in drawn[has]) for has in NAMES}
-    alone = median(a.skips_alone[0] / a.total[0] for a, _ in alive)
-    of_half = median(a.skip[0] / a.branch[0] for a, _ in alive)
-    return [
-        Finding(
-            "∂L/∂W of a layer is the outer product of dz = g φ'(z) and x, with g what reaches the layer's OUTPUT",
-            f"mean |∂L/∂W| is mean |dz| · mean |x| but for {outer:.1e} of it, over all layers and seeds",
-            outer < 1e-4,
-        ),
-        Finding(
-            "so ∂L/∂W of the first layer gains from skips what g gains, and nothing else: its x, W and z are the same",
-            f"(∂L/∂W with) / (∂L/∂W without) is (g with) / (g without) but for {same:.1e} of it",
-            same < 1e-3,
-        ),
-        Finding(
-            "g is ∂L/∂x of the next layer; one half of that comes through its skip as it is, as far as the first layer",
-            f"from the last skip's end to the input ‖∂L/∂x‖ becomes {kept[True]:.1e} times as much with skips, "
-            f"{kept[False]:.1e} without (medians); {alone:.2f} of it come through skips alone; at the first layer the "
-            f"skip's half is {of_half:.1f} times the branch's",
-            kept[True] > 0.1 and kept[False] < 1e-3 * kept[True],
-        ),
-    ]
-
-
-def _unexplained(a: Draw, b: Draw) -> float:
-    """How far (∂L/∂W with) / (∂L/∂W without) of the first layer is from (g with) / (g without), relatively."""
-    gains = a.reached[0].g / b.reached[0].g
-    return (a.dweight / b.dweight / gains[:, None] - 1).abs().max().item()
-
-
-def _ratio(draw: Draw) -> float:
-    """‖∂L/∂x‖ at the first layer over that at the last layer's input, where the last skip ends."""
-    return draw.total[0] / draw.total[-1] if draw.total[-1] > 0 else 0.0
-
-
-def _power(exponent: float) -> str:
-    return f"10^{exponent:.1f}" if exponent > -inf else "0"
-
-
-def _log(value: float) -> float:
-    return log10(value) if value > 0 else -inf
+    return compare_gradients(fused, eager, case.x().to(device))
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -265,7 +168,7 @@ def _profile(case: Case, drawn: dict[bool, list[Draw]]) -> vanish_picture.Profil
 def _table(
     cases: Sequence[Case],
     drawn: dict[str, dict[bool, list[Draw]]],
-    twins: dict[str, float],
+    twins: dict[str, GradientComparison],
     zeros: dict[str, dict[int, int]],
 ) -> str:
     lines = [
@@ -276,13 +179,15 @@ def _table(
         for i in range(len(case.sizes) - 1):
             cells = []
             for has in NAMES:
-                values = [_log(draw.mean_abs[i]) for draw in drawn[case.title][has]]
+                values = [log(draw.mean_abs[i]) for draw in drawn[case.title][has]]
                 cells.append(f"{median(values):8.1f} {f'({min(values):.1f} … {max(values):.1f})':>15}")
             lines.append(f"{case.title if i == 0 else '':8}{i:6}{''.join(cells)}")
         if case.printed:
             ends = [" … ".join(f"{log10(one):.1f}" for one in case.printed[has]) for has in NAMES]
             lines.append(f"{'':8}{'write-up':>8}{ends[0]:>22}{ends[1]:>24}")
-        lines.append(f"{'':8}fused and eager differ by {twins[case.title]:.1g} of a gradient's largest")
+        apart = twins[case.title].largest_relative_difference
+        lines.append(f"{'':8}fused and eager differ by {apart:.1g} of a gradient's largest")
+    lines.append("a gradient of exactly 0: the write-up's draw with skips had one such layer; counted, not judged:")
     for name, found in zeros.items():
         listed = ", ".join(f"{layers}: {count}" for layers, count in found.items())
         lines.append(f"draws of case 1 with skips by how many layers have gradient exactly 0, {name}: {listed}")
@@ -294,10 +199,10 @@ def _data(
     device: torch.device,
     cases: Sequence[Case],
     drawn: dict[str, dict[bool, list[Draw]]],
-    twins: dict[str, float],
+    twins: dict[str, GradientComparison],
     zeros: dict[str, dict[int, int]],
 ) -> dict[str, Any]:
-    quantities = ("mean_abs", "total", "branch", "skip", "skips_alone")
+    quantities = ("mean_abs", "weight", "total", "branch", "skip", "skips_alone")
     found: dict[str, Any] = {}
     for case in cases:
         runs = {
@@ -305,7 +210,7 @@ def _data(
             for has, draws in drawn[case.title].items()
         }
         skips = case.build(True, options.seed).skips
-        apart = {"fused_and_eager_differ_by": _short(twins[case.title])}
+        apart = {"fused_and_eager_differ_by": _short(twins[case.title].largest_relative_difference)}
         found[case.title] = {"sizes": case.sizes, "skips_taken": sum(skips), "layers": len(skips)} | apart | runs
     counted = {name: {str(layers): count for layers, count in of.items()} for name, of in zeros.items()}
     facts = arguments.facts(options, device, "width", "depth", "wide_seeds", "draws")

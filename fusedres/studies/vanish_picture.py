@@ -19,7 +19,7 @@ PARTS = {  # of the second picture: attribute, label, colour, line, marker
     "branch": ("‖dz W‖, through the branch", picture.VERMILION, "--", "s"),
     "skip": ("‖λ g‖, through the skip", picture.SKY, "-.", "o"),
     "skips_alone": ("‖Πλ g‖, through skips alone", picture.BLUE, ":", ""),
-    "mean_abs": ("mean |∂L/∂W|", picture.GREY, "-", "^"),
+    "weight": ("‖∂L/∂W‖", picture.GREY, "-", "^"),
 }
 FLOOR = 1e-14  # draws whose last GELU is saturated lie below, down to 1e-40 and 0
 
@@ -54,7 +54,7 @@ def profiles(cases: Mapping[str, Profile]) -> Figure:
 
 
 def halves(title: str, drawn: Mapping[bool, Sequence[Any]]) -> Figure:
-    """With skips and without: medians over seeds of the gradient's parts at every layer, and mean |∂L/∂W|."""
+    """With skips and without: medians over seeds of norms: the gradient's parts at every layer, and ‖∂L/∂W‖."""
     figure = picture.new_figure(12, 5.6)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (has_skips, draws) in zip(panels, drawn.items(), strict=True):
@@ -70,7 +70,7 @@ def halves(title: str, drawn: Mapping[bool, Sequence[Any]]) -> Figure:
                 axes.plot(median, line, color=color, marker=marker, markerfacecolor="none", lw=width, label=label)
         axes.set_title(f"{title}, {'with skips' if has_skips else 'without'}: medians over {len(draws)} seeds")
         _over_depth(axes, len(median))
-    panels[0].set_ylabel("norm of the gradient at a layer's input; mean |∂L/∂W|")
+    panels[0].set_ylabel("norm of a gradient, at a layer's input or of its weight")
     return figure
 
 
