@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,6 +152,11 @@ def test_a_file_imports_only_downwards(path):
 )
 def test_an_upward_import_is_found(planted, where):
     assert wrong_imports(planted, ROOT / where)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_what_a_mutation_breaks_is_there(name):
+    assert MUTATIONS[name].right in (ROOT / MUTATIONS[name].file).read_text()
 
 
 def test_nothing_imports_a_package_called_kernels():
