@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 FORMS = {"gate": ("black", "-", "a learned, from 0"), "none": (picture.GREEN, "-.", "a = 1")}
 HALVES = {
-    "branch": (picture.BLUE, "-", "through the branch, ‖∂L/∂x_in‖"),
-    "skip": (picture.VERMILION, "--", "by the skip, ‖∂L/∂x_res‖"),
+    "branch": (picture.VERMILION, "--", "through the branch, ‖∂L/∂x_in‖"),
+    "skip": (picture.BLUE, "-", "by the skip, ‖∂L/∂x_res‖"),
 }
 ROWS = 4  # of seeds' numbers above one another, so that neighbours can be read
 
