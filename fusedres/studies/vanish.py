@@ -20,6 +20,7 @@ from ..reference import ShapeGatedStack
 from ..stack import FusedResidualStack
 from . import arguments, halves, vanish_picture
 from .report import Finding, Report, require
+from .values import NothingToMeasure
 
 WIDE = (128, 256, 512, 1024, 512, 256, 128, 1)
 NAMES = {True: "with skips", False: "without"}
@@ -61,8 +62,8 @@ class Draw:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(seeds=50)
-    arguments.number(parser, "--width", 3, "of case 1")
-    arguments.number(parser, "--depth", 13, "layers of case 1, the last of them to one feature", least=2)
+    arguments.number(parser, "--width", 3, "of case 1", most=1024)
+    arguments.number(parser, "--depth", 13, "layers of case 1, the last of them to one feature", least=2, most=1000)
     arguments.number(parser, "--wide-seeds", 5, "initialisations of case 2")
     arguments.number(parser, "--draws", 500, "initialisations of case 1 in which layers of gradient 0 are counted")
 
@@ -197,9 +198,16 @@ def _zero_claim(zeros: dict[str, dict[int, int]]) -> Finding:
 def answer(drawn: dict[bool, list[Draw]]) -> list[Finding]:
     """Why a skip helps ∂L/∂W: that is made of the gradient at the layer's output, which comes through later skips.
 
-    Draws whose last GELU is saturated, so that hardly any gradient enters, are left out of comparisons of digits.
+    Draws whose last GELU is saturated, so that hardly any gradient enters, are left out of comparisons of digits, and
+    those where none arrives at the first layer. NothingToMeasure where that is all of them.
     """
-    alive = [(a, b) for a, b in zip(drawn[True], drawn[False], strict=True) if a.mean_abs[-1] > 1e-6]
+    alive = [
+        (a, b)
+        for a, b in zip(drawn[True], drawn[False], strict=True)
+        if a.mean_abs[-1] > 1e-6 and min(a.total[0], a.branch[0]) > 0
+    ]
+    if not alive:
+        raise NothingToMeasure(f"no gradient passes in any draw of case 1, of {len(drawn[True])}: try more --seeds")
     outer = max(
         abs(of_outer - mean) / mean
         for pair in alive
