@@ -48,11 +48,28 @@ def test_a_file_that_fails_is_no_closed_pipe(monkeypatch):
         cli.main(["env"])
 
 
-def test_ctrl_c_is_one_line(tmp_path):
-    (tmp_path / "slow.py").write_text(
-        "import pathlib, time\ndef twins():\n    pathlib.Path('begun').touch()\n    time.sleep(60)\n"
-    )
-    with command.started("compare", "slow:twins", "--json", cwd=tmp_path) as one:
+SLOW = """
+import pathlib, time
+
+class Slow:
+    def __del__(self):
+        pathlib.Path("begun").touch()
+        time.sleep(0.5)
+
+def calling():
+    pathlib.Path("begun").touch()
+    time.sleep(60)
+
+def finalising():
+    Slow()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("where", ["calling", "finalising"])
+def test_ctrl_c_is_one_line(where, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    with command.started("compare", f"slow:{where}", "--json", cwd=tmp_path) as one:
         while not (tmp_path / "begun").exists():
             assert one.poll() is None, one.stderr.read()
             time.sleep(0.05)

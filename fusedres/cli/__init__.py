@@ -35,10 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line, by default the process's own; its exit code, one of CODES."""
     streams.spell_out()
     try:
-        try:
-            return _outcome(sys.argv[1:] if argv is None else list(argv))
-        finally:
-            streams.flush()
+        with streams.no_interrupt_lost():
+            try:
+                return _outcome(sys.argv[1:] if argv is None else list(argv))
+            finally:
+                streams.flush()
     except OSError as error:
         if not streams.abandon():
             raise  # of a file, say

@@ -1,11 +1,13 @@
-"""The streams of the process: text that no encoding stops, stdout for one document alone, a reader that goes away."""
+"""The process: text that no encoding stops, stdout for one document alone, a reader that goes away, Ctrl-C."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import select
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import TextIOWrapper, UnsupportedOperation
@@ -54,6 +56,25 @@ def give_back() -> None:
         os.dup2(_Process.stdout, 1)
         os.close(_Process.stdout)
         _Process.stdout = None
+
+
+@contextmanager
+def no_interrupt_lost() -> Iterator[None]:
+    """Ctrl-C that falls into a finaliser, where Python prints what is raised and goes on, comes again after it."""
+    printed = sys.unraisablehook
+
+    def again(found: sys.UnraisableHookArgs) -> None:
+        if issubclass(found.exc_type, KeyboardInterrupt):
+            main = threading.main_thread().ident
+            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            printed(found)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = printed
 
 
 def flush() -> None:
