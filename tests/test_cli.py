@@ -1,13 +1,11 @@
-"""The command line: as a process and by its main, with good and bad arguments; studies and the demo from it."""
+"""The command line: as a process and by its main, with good and bad arguments."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-import types
 from functools import partial
 from pathlib import Path
 
@@ -17,21 +15,11 @@ import torch
 
 import fusedres
 from fusedres import cli
-from fusedres.cli import env, study
-from fusedres.studies import demo
-from fusedres.studies.report import Finding, Report
+from fusedres.cli import env
 
 HAS_GPU = torch.cuda.is_available()
 ROOT = Path(__file__).parent.parent
 COMMANDS = "demo, compare, study, explain, bench, env, check, build"
-
-
-def process(*arguments, cwd=ROOT, **variables):
-    """`python -m fusedres …`, without a word on whether Triton interprets."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), **variables}
-    command = [sys.executable, "-m", "fusedres", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture
@@ -43,11 +31,13 @@ def run(capsys):
 
 
 TWINS = """
+import ctypes, os
 import torch
 from torch import nn
 from fusedres import FusedResidualStack
 
 def right():
+    print("said by Python"), os.write(1, b"said to the descriptor\\n"), ctypes.CDLL(None).puts(b"said by C")
     fused = FusedResidualStack([8, 8, 4])
     return fused, fused.to_eager(), torch.randn(5, 8)
 
@@ -60,24 +50,26 @@ def wrong():
 
 
 def test_version():
-    done = process("--version")
+    done = command.process("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"fusedres {fusedres.__version__}\n", "")
 
 
 @pytest.mark.parametrize(("factory", "code"), [("right", 0), ("wrong", 1)])
 def test_a_factory_in_the_working_directory(factory, code, tmp_path):
     (tmp_path / "twins.py").write_text(TWINS)
-    done = process("compare", f"twins:{factory}", "--json", cwd=tmp_path)
+    done = command.process("compare", f"twins:{factory}", "--json", cwd=tmp_path)
     assert done.returncode == code, done.stderr
     found = json.loads(done.stdout)  # nothing else is there
     assert done.stdout.count("\n") == 1
     assert found["agrees"] is (code == 0)
     assert [one["verdict"] for one in found["layers"].values()] == ["agrees" if code == 0 else "DIFFERS", "agrees"]
     assert f"fused and eager agree in {2 - code} of 2 layers" in done.stderr
+    for whom in ("by Python", "to the descriptor", "by C"):
+        assert f"said {whom}\n" in done.stderr
 
 
 def test_bad_use_is_one_line():
-    done = process("compare", "--rows", "0")
+    done = command.process("compare", "--rows", "0")
     said = "fusedres compare: --rows must be at least 1, got 0\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
@@ -86,7 +78,7 @@ def test_env_builds_nothing(tmp_path):
     tool = tmp_path / "ptxas"
     tool.write_text("#!/bin/sh\necho Cuda compilation tools, release 99.9, V99.9.99\n")
     tool.chmod(0o755)
-    done = process("env", "--json", FUSEDRES_CACHE=str(tmp_path / "cache"), TRITON_PTXAS_PATH=str(tool))
+    done = command.process("env", "--json", FUSEDRES_CACHE=str(tmp_path / "cache"), TRITON_PTXAS_PATH=str(tool))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert not (tmp_path / "cache").exists()
@@ -132,7 +124,10 @@ def test_no_command_imports_torch_before_it_runs():
 # ------------------------------------------------------------------------------------------------ bad use
 
 
-NAME = "NAME, the first argument, must be one of vanish, gate, lambda, shortcut, depth"
+NAME = "NAME, ahead of a study's own options, must be one of vanish, gate, lambda, shortcut, depth"
+MOST = "must be at most 2147483647"
+FIT = "must fit into memory: x and the weights take"
+FORM = "must name a module and a callable in it, as in models:twins or of.yours:twins"
 ACTIVATIONS = "gelu, gelu_tanh, relu, silu, tanh, sin, none"
 LEFT_OUT = "must be left out where module:factory says what to run"
 
@@ -144,6 +139,13 @@ LEFT_OUT = "must be left out where module:factory says what to run"
         ("demo --device tpu", "--device must be one of cpu, cuda, got 'tpu'"),
         ("demo --seed x", "--seed must be an integer, got 'x'"),
         ("compare --sizes 3 3 x", "--sizes must be an integer, got 'x'"),
+        ("compare --sizes 99999999999999999999 3", f"--sizes {MOST}, got 99999999999999999999"),
+        ("compare --sizes 1000000 1000000", f"--sizes and --rows {FIT} 3,726 GiB, and there are 64 GiB"),
+        ("explain --sizes 1000000 1000000", f"--sizes and --rows {FIT} 3,726 GiB, and there are 64 GiB"),
+        ("compare --rows 100000000000000", f"--rows {MOST}, got 100000000000000"),
+        ("compare --rows 2000000000 --sizes 16 4", f"--sizes and --rows {FIT} 119 GiB, and there are 64 GiB"),
+        ("bench --seed 99999999999999999999", f"--seed {MOST}, got 99999999999999999999"),
+        ("check --seed 2147483648", f"--seed {MOST}, got 2147483648"),
         ("compare --sizes 3,0", "--sizes must be at least 1, got 0"),
         ("compare --rows", "--rows expected one argument"),
         ("compare --row", "unrecognized arguments: --row"),
@@ -152,17 +154,23 @@ LEFT_OUT = "must be left out where module:factory says what to run"
         ("bench --seconds 0", "--seconds must be at least 1, got 0"),
         ("compare m:f --rows 3", f"--rows {LEFT_OUT}, got m:f"),
         ("explain m:f --no-skips", f"--skip {LEFT_OUT}, got m:f"),
-        ("compare m", "module:factory must name a module and a callable in it, as in models:twins, got m"),
+        ("compare m", f"module:factory {FORM}, got m"),
+        ("compare ./m:f", f"module:factory {FORM}, got ./m:f"),
+        ("compare of/m:f", f"module:factory {FORM}, got of/m:f"),
+        ("explain .m:f", f"module:factory {FORM}, got .m:f"),
+        ("compare :f", f"module:factory {FORM}, got :f"),
         ("compare nowhere.m:f", "module:factory must name a module, and there is no nowhere.m here or installed"),
         ("compare json:nothing", "module:factory must name a callable in json: nothing is not there"),
         ("compare json:__doc__", "module:factory must name a callable in json: __doc__ is not callable"),
         ("study", f"{NAME}, got ''"),
-        ("study --seed 1", f"{NAME}, got '--seed'"),
+        ("study --json --seed 1", f"{NAME}, got ''"),
         ("study width", f"{NAME}, got 'width'"),
+        ("study --width 3 vanish", f"{NAME}, got '--width'"),
         ("env now", "unrecognized arguments: now"),
     ],
 )
-def test_bad_arguments_are_said_in_one_line(arguments, said, run):
+def test_bad_arguments_are_said_in_one_line(arguments, said, run, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**24}[name])
     assert run(*arguments.split()) == (2, "", f"fusedres {arguments.split()[0]}: {said}\n")
 
 
@@ -205,7 +213,9 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(["--help"])
     assert exit.value.code == 0
-    assert capsys.readouterr().out.startswith(HELP)
+    printed = capsys.readouterr().out
+    assert printed.startswith(HELP)
+    assert "exit codes: 0 right; 1 a check failed" in printed
 
 
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "study"])
@@ -216,96 +226,3 @@ def test_help_of_a_command(name, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: fusedres {name} [-h] [--json]")
     assert cli.COMMANDS[name][1:] in printed.replace("\n", " ")
-
-
-# ------------------------------------------------------------------------------------------------ study, demo
-
-
-def fake_study(holds=True):
-    """A study that keeps to the protocol."""
-    module = types.ModuleType("fusedres.studies.gate", "System B: what a gate does.\n\nMore of it.")
-
-    def options(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--steps", type=int, default=4)
-        parser.set_defaults(seeds=2)
-
-    def run(options: argparse.Namespace, device: torch.device) -> Report:
-        assert device == torch.device("cuda" if HAS_GPU else "cpu")
-        data = {name: getattr(options, name) for name in ("steps", "seed", "seeds")} | {"lost": float("nan")}
-        return Report("gate", "What does a gate do?", "a table", [Finding("it opens", "0.5", holds)], data)
-
-    module.options, module.run = options, run
-    return module
-
-
-@pytest.mark.parametrize("holds", [True, False])
-def test_a_study_by_the_protocol(holds, run, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "fusedres.studies.gate", fake_study(holds))
-    code, printed, err = run("study", "gate", "--steps", "7", "--out", tmp_path)
-    assert (code, err) == (0 if holds else 1, "")
-    said = "holds" if holds else "DOES NOT HOLD"
-    assert printed == (
-        f"What does a gate do?\n\na table\n\n{said}: it opens\n    measured: 0.5\n\nWritten: {tmp_path / 'gate.json'}\n"
-    )
-    assert json.loads((tmp_path / "gate.json").read_text())["steps"] == 7
-
-    code, out, err = run("study", "gate", "--seed", "3", "--out", tmp_path, "--json")
-    found = json.loads(out)
-    assert {name: found[name] for name in ("study", "steps", "seed", "seeds", "lost", "holds", "written")} == {
-        "study": "gate",
-        "steps": 4,
-        "seed": 3,
-        "seeds": 2,
-        "lost": None,
-        "holds": holds,
-        "written": [str(tmp_path / "gate.json")],
-    }
-    assert run("study", "gate", "--steps", "x")[2] == "fusedres study: --steps must be of type int, got 'x'\n"
-
-
-def test_what_a_study_lacks_is_said(run, monkeypatch):
-    module = fake_study()
-    module.run = lambda options, device: (_ for _ in ()).throw(
-        ImportError("the study needs sklearn: pip install fusedres[demo]")
-    )
-    monkeypatch.setitem(sys.modules, "fusedres.studies.gate", module)
-    assert run("study", "gate") == (2, "", "fusedres study: the study needs sklearn: pip install fusedres[demo]\n")
-
-
-def test_a_study_that_does_not_import_is_said(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fusedres.studies.gate", None)
-    code, out, err = run("study", "gate")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("fusedres study: gate does not import: ")
-
-
-def test_help_of_studies(capsys, monkeypatch, tmp_path):
-    for name, module in study.STUDIES.items():
-        (tmp_path / f"{module}.py").write_text(f'"""What {name} says.\n\nMore."""\nimport nothing_of_that_name\n')
-    monkeypatch.setattr(study, "FOLDER", tmp_path)
-    with pytest.raises(SystemExit):
-        cli.main(["study", "--help"])
-    printed = capsys.readouterr().out
-    assert "  lambda    What lambda says.\n" in printed
-    assert "More" not in printed
-
-    monkeypatch.setitem(sys.modules, "fusedres.studies.gate", fake_study())
-    with pytest.raises(SystemExit):
-        cli.main(["study", "gate", "--help"])
-    printed = capsys.readouterr().out
-    assert printed.startswith("usage: fusedres study gate [-h] [--json] [--out DIR]")
-    assert "System B: what a gate does." in printed
-    assert "--steps" in printed
-    assert "[2]" in printed
-
-
-@pytest.mark.parametrize("agrees", [True, False])
-def test_demo_as_json(agrees, run, monkeypatch):
-    def fake(out, epochs, seed, device):
-        print("on the way")
-        return {"agrees": agrees, "seed": seed, "losses": [float("nan")]}
-
-    monkeypatch.setattr(demo, "run", fake)
-    code, out, err = run("demo", "--json", "--seed", "2")
-    assert (code, err) == (0 if agrees else 1, "on the way\n")
-    assert json.loads(out) == {"agrees": agrees, "seed": 2, "losses": [None]}

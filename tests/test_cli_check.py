@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fusedres
-from fusedres import functional, native
+from fusedres import cli, dispatch, functional, native
 from fusedres.cli import selftest
 
 
@@ -95,3 +95,22 @@ def test_an_engine_that_could_be_there_and_is_not_fails_the_check(monkeypatch):
     assert selftest.engine() == ("cpu", "the C++ engine", False, "not there: the build failed: disk on fire")
     monkeypatch.setattr(native, "missing", lambda: native.SWITCHED_OFF)
     assert selftest.engine().holds is None
+
+
+def test_a_machine_that_runs_nothing_fused_fails_the_check(run, monkeypatch):
+    monkeypatch.setattr(native, "missing", lambda: native.SWITCHED_OFF)
+    monkeypatch.setattr(dispatch, "backend", lambda device, dtype: dispatch.Eager("nothing is installed"))
+    code, printed, err = run("check", "--device", "cpu")
+    assert (code, err) == (1, "")
+    assert printed.splitlines()[-2:] == [
+        "FAILED: nothing fused runs here: nothing is installed",
+        "What would: on a CPU the C++ engine, with a C++ compiler on PATH or in CXX and FUSEDRES_NATIVE not 0; "
+        "Triton, with a GPU that torch sees",
+    ]
+    assert json.loads(run("check", "--device", "cpu", "--json")[1])["holds"] is False
+
+
+def test_help_says_what_the_exit_code_means(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["check", "--help"])
+    assert "Exit code 1: a check failed, or nothing fused runs on this machine." in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import types
@@ -10,11 +11,14 @@ from functools import partial
 import command
 import pytest
 import torch
+from torch import nn
 
 import fusedres
+from fusedres import gradients
 from fusedres.cli import bench
 
 HAS_GPU = torch.cuda.is_available()
+RAISED = "comparing raised KeyError: torch.Size([3])"
 
 
 @pytest.fixture
@@ -100,9 +104,16 @@ def test_factories_may_return_a_target_or_arguments_by_name(run, monkeypatch):
         (lambda: {"fused": 1, "loss": 2}, "fused, eager, x, target, loss_fn, got a dict of fused, loss\n"),
         (lambda: (1, *twins()[1:]), "fused must be a torch.nn.Module, got int\n"),
         (lambda: (*twins()[:2], torch.randn(4, 5)), "x must be [..., 6]"),
-        (command.raises, "of_the_user:make() raised RuntimeError: no data (" + command.__file__),
+        (lambda: (*twins()[:2], torch.randn(0, 6)), "x must hold numbers, for without them every gradient is 0 and"),
+        (command.raises, f"of_the_user:make() raised RuntimeError: no data ({command.__file__}:"),
+        (lambda: sys.exit(0), f"of_the_user:make() raised SystemExit: 0 ({__file__}:"),
+        (lambda: (*[nn.Linear(8, 8)] * 2, torch.randn(3, 9)), "comparing raised RuntimeError: mat1 and mat2 shapes"),
+        (lambda: (*[command.Raises(8, 8)] * 2, torch.randn(3, 8)), f"{RAISED} ({command.__file__}:"),
     ],
-    ids=["a-number", "too-few", "other-names", "no-module", "wrong-x", "raises"],
+    ids=[
+        *("a-number", "too-few", "other-names", "no-module", "wrong-x", "empty-x"),
+        *("raises", "exits", "wrong-x-of-no-stack", "model-raises"),
+    ],
 )
 def test_a_bad_factory_is_said_in_one_line(answer, said, run, monkeypatch):
     code, out, err = run("compare", factory(monkeypatch, answer))
@@ -111,15 +122,48 @@ def test_a_bad_factory_is_said_in_one_line(answer, said, run, monkeypatch):
     assert err.startswith("fusedres compare: ")
 
 
-def test_a_module_that_does_not_import_is_said(run, monkeypatch, tmp_path):
-    (tmp_path / "broken_of_the_user.py").write_text("import nothing_of_that_name")
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name' ({}:1)"),
+        ("raise SystemExit(0)", "SystemExit: 0 ({}:1)"),
+        ("def make(:", "SyntaxError: invalid syntax (broken_of_the_user.py, line 1)"),
+    ],
+    ids=["missing", "exits", "no-python"],
+)
+def test_a_module_that_does_not_import_is_said(source, said, run, monkeypatch, tmp_path):
+    path = tmp_path / "broken_of_the_user.py"
+    path.write_text(source)
     monkeypatch.chdir(tmp_path)
-    code, _, err = run("compare", "broken_of_the_user:make")
-    assert code == 2
-    assert err.startswith(
-        "fusedres compare: module broken_of_the_user does not import: ModuleNotFoundError: No module "
-    )
-    assert err.endswith("broken_of_the_user.py:1)\n")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    importlib.invalidate_caches()
+    code, out, err = run("compare", "broken_of_the_user:make")
+    assert (code, out) == (2, "")
+    assert err == f"fusedres compare: module broken_of_the_user does not import: {said.format(path)}\n"
+
+
+def test_what_a_module_of_the_user_raises_is_explained_in_one_line(run, monkeypatch):
+    code, out, err = run("explain", factory(monkeypatch, lambda: (command.Raises(8, 8), torch.randn(3, 8))))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"fusedres explain: {RAISED.replace('comparing', 'explaining')} ({command.__file__}:")
+
+
+def test_a_bug_of_ours_is_no_bad_use(run, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(gradients, "compare_gradients", fails)
+    with pytest.raises(ValueError, match="a bug"):
+        run("compare", "--sizes", "3,3")
+
+
+def test_memory_that_is_lacking_is_said(run, monkeypatch):
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr(gradients, "compare_gradients", fails)
+    said = "there is not enough memory for this: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert run("compare", "--sizes", "3,3") == (2, "", f"fusedres compare: {said}\n")
 
 
 @pytest.mark.usefixtures("engine")

@@ -115,10 +115,3 @@ def test_the_crossing_is_for_good():
     assert gate.crossing([0.0] * 20 + [2.0] * 60 + [0.0] * 20, skip) is None
     assert gate.crossing([2.0] * 3 + [float("nan")] * 97, skip) is None
     torch.testing.assert_close(gate.smooth([1.0, 2.0, 6.0], 2), torch.tensor([1.0, 1.5, 4.0], dtype=torch.float64))
-
-
-def test_wrong_options():
-    with pytest.raises(ValueError, match=r"--lr must be above 0, got 0\.0"):
-        study.run(gate, "--lr", 0)
-    with pytest.raises(ValueError, match="--batch must be at most 1437, the digits to train with, got 5000"):
-        study.run(gate, "--batch", 5000)

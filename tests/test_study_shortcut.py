@@ -95,8 +95,3 @@ def test_every_shortcut_learns_the_same_function(report):
     assert torch.equal(y, shortcut.teacher(x, 0))
     assert not torch.equal(y, shortcut.teacher(x, 1))
     assert y.square().mean().item() == pytest.approx(1.5, abs=0.4)
-
-
-def test_two_sizes_have_no_hidden_layer():
-    with pytest.raises(ValueError, match="three at least"):
-        study.run(shortcut, "--sizes", 4, 1)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from importlib import import_module
+from types import ModuleType
 
-from .arguments import Parser, Wrong, one_of
+from . import streams
+from .arguments import Answer, Parser, Wrong, add_json, one_of
 
 COMMANDS = {
     "demo": "fused and eager gradients side by side, and a classifier trained both ways",
@@ -22,9 +26,34 @@ COMMANDS = {
 }
 
 
+CODES = """\
+exit codes: 0 right; 1 a check failed, gradients differ, a claim does not hold; 2 bad use, in one line; 130 Ctrl-C;
+141 what reads the output has gone"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line, by default the process's own; 0 right, 1 a check failed, 2 bad use."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    """Runs a command line, by default the process's own; its exit code, one of CODES."""
+    streams.spell_out()
+    try:
+        with streams.no_interrupt_lost():
+            try:
+                return _outcome(sys.argv[1:] if argv is None else list(argv))
+            finally:
+                streams.flush()
+    except OSError as error:
+        if not streams.abandon():
+            raise  # of a file, say
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"fusedres: what is printed cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fusedres: interrupted", file=sys.stderr)
+        return 130
+
+
+def _outcome(arguments: list[str]) -> int:
+    """0, 1, or 2 where what is wrong has been said."""
     program = "fusedres"
     try:
         if not arguments or arguments[0].startswith("-"):
@@ -44,6 +73,7 @@ def _parser() -> Parser:
     parser = Parser(
         "fusedres", f"Fused residual layers for PyTorch. Commands, each with --help and --json:\n\n{commands}"
     )
+    parser.epilog = CODES
     parser.add_argument("--version", action="version", version=f"fusedres {__version__}")
     parser.add_argument("command", help="one of the above, followed by its options")
     return parser
@@ -53,12 +83,21 @@ def _run(program: str, arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     command = import_module(f".{name}", __package__)
     parser = Parser(program, f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
+    add_json(parser)
     command.options(parser, rest)
     options = parser.parse_args(rest)
     options.arguments = arguments  # to start the process anew with
-    with redirect_stdout(sys.stderr) if options.json else nullcontext():
-        code, document = command.run(options)
+    with streams.kept_for_json() if options.json else nullcontext():
+        code, document = _answer(command, options)
     if options.json:
         print(json.dumps(json.loads(json.dumps(document), parse_constant=lambda _: None)))  # JSON knows no infinity
     return code
+
+
+def _answer(command: ModuleType, options: argparse.Namespace) -> Answer:
+    try:
+        return command.run(options)
+    except (MemoryError, RuntimeError) as error:  # torch has a type of its own for a GPU alone
+        if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
+            raise
+        raise Wrong(f"there is not enough memory for this: {error}") from error

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from ..studies.values import Integer
+
 
 class Wrong(Exception):
-    """Bad use, in one line: what was expected, from where, what came."""
+    """Bad use, in one line, the first: what was expected, from where, what came."""
+
+    def __str__(self) -> str:
+        return (super().__str__().splitlines() or [""])[0]
 
 
 class Answer(NamedTuple):
@@ -30,22 +35,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         said = re.sub(r"^argument (\S+): ", r"\1 ", message)
         raise Wrong(re.sub(r"invalid (\w+) value: ", r"must be of type \1, got ", said))
-
-
-@dataclass(frozen=True)
-class Integer:
-    """A whole number, of `least` at least."""
-
-    least: int | None = None
-
-    def __call__(self, text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
-        if self.least is not None and value < self.least:
-            raise argparse.ArgumentTypeError(f"must be at least {self.least}, got {value}")
-        return value
 
 
 @dataclass(frozen=True)
@@ -71,9 +60,8 @@ def one_of(*choices: str) -> Choice:
     return Choice(choices)
 
 
-def sizes(text: str) -> list[int]:
-    """128,64 or 128."""
-    return [Integer(1)(word) for word in text.split(",")]
+def add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
 
 
 def add_device(parser: Parser, default: str = "a GPU where there is one") -> None:

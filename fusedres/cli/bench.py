@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
+from ..studies.values import Integer
 from . import device, models
-from .arguments import Answer, Integer, Parser
+from .arguments import Answer, Parser
 
 if TYPE_CHECKING:
     import torch

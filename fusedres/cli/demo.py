@@ -6,8 +6,9 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from . import device
-from .arguments import Answer, Integer, Parser, Wrong, add_device, add_out, add_seed
+from ..studies.values import Integer
+from . import device, folder
+from .arguments import Answer, Parser, Wrong, add_device, add_out, add_seed
 
 
 def options(parser: Parser, rest: Sequence[str]) -> None:
@@ -26,8 +27,13 @@ def run(options: argparse.Namespace) -> Answer:
 
     from ..studies import demo
 
-    try:
-        found = demo.run(options.out, options.epochs, options.seed, chosen)
-    except ImportError as error:
-        raise Wrong(str(error)) from error
+    with folder.made(options.out):
+        try:
+            found = demo.run(options.out, options.epochs, options.seed, chosen)
+        except ImportError as error:
+            raise Wrong(str(error)) from error
+        except BrokenPipeError:  # of who reads what is printed
+            raise
+        except OSError as error:
+            raise Wrong(f"--out cannot be written: {error}") from error
     return Answer(0 if found["agrees"] else 1, found)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from . import streams
 from .arguments import Wrong
 
 if TYPE_CHECKING:
@@ -35,5 +36,6 @@ def set_interpreter(is_wanted: bool, arguments: Sequence[str]) -> None:
         return
     os.environ["TRITON_INTERPRET"] = "1" if is_wanted else "0"
     if "triton" in sys.modules:
-        sys.stdout.flush()
+        streams.flush()
+        streams.give_back()
         os.execv(sys.executable, [sys.executable, "-m", "fusedres", *arguments])

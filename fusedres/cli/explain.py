@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import device, models
+from . import device, factory, models
 from .arguments import Answer, Parser, Wrong
 
 if TYPE_CHECKING:
@@ -14,22 +14,20 @@ if TYPE_CHECKING:
 
 
 def options(parser: Parser, rest: Sequence[str]) -> None:
-    models.add_factory(parser, "(module, x), or a module and all its arguments")
+    factory.add(parser, "(module, x), or a module and all its arguments")
     models.add_stack(parser)
 
 
 def run(options: argparse.Namespace) -> Answer:
     found: Any
     if options.factory:
-        found = models.from_factory(options)
+        found = models.given_alone(options)
         if not (isinstance(found, tuple) and len(found) > 1 and callable(found[0])):
             raise Wrong(f"module:factory must return (module, x), got {type(found).__name__}")
     else:
         found = models.stack(options, device.chosen(options))
-    try:
+    with factory.run(options, "explaining"):
         calls = models.explained(*found)
-    except (TypeError, ValueError) as error:
-        raise Wrong(str(error)) from error
     print(calls)
     return Answer(0, {"calls": [_call(call) for call in calls]})
 

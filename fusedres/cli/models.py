@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
-from importlib import import_module
 from io import StringIO
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Integer, Parser, Wrong, add_device, add_seed, one_of, sizes
+from ..studies.values import Integer, Joined, Widths
+from . import factory
+from .arguments import Parser, Wrong, add_device, add_seed, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def add_stack(parser: Parser, **defaults: Any) -> None:
         parser.add_argument(f"--{name}", metavar=metavar, type=type, help=what, **more)
 
     shown = " ".join(map(str, found["sizes"]))
-    add("sizes", "D", sizes, f"widths d₀ … d_L, by spaces or commas [{shown}]", nargs="+")
+    add("sizes", "D", Widths(), f"widths d₀ … d_L, by spaces or commas [{shown}]", nargs="+", action=Joined)
     add("skip", "KIND", SKIPS, f"{', '.join(SKIPS.choices)} [{found['skip']}]")
     parser.add_argument("--no-skips", dest="skip", action="store_const", const="none", help="--skip none")
     add("activation", "PHI", ACTIVATIONS, f"{', '.join(ACTIVATIONS.choices)} [{found['activation']}]")
@@ -54,12 +54,6 @@ def add_stack(parser: Parser, **defaults: Any) -> None:
     add_device(parser)
 
 
-def add_factory(parser: Parser, returns: str) -> None:
-    parser.add_argument(
-        "factory", metavar="module:factory", nargs="?", help=f"a callable of yours that returns {returns}"
-    )
-
-
 def stack(options: argparse.Namespace, device: torch.device) -> tuple[FusedResidualStack, torch.Tensor]:
     """The stack that the options describe, and x [rows, d₀]."""
     import torch
@@ -68,7 +62,9 @@ def stack(options: argparse.Namespace, device: torch.device) -> tuple[FusedResid
 
     given = {name: getattr(options, name) for name in DEFAULTS}
     chosen = options.stack_defaults | {name: value for name, value in given.items() if value is not None}
-    widths = [width for part in chosen["sizes"] for width in (part if isinstance(part, list) else [part])]
+    widths = chosen["sizes"]
+    dtype = getattr(torch, chosen["dtype"])
+    _require_memory(chosen["rows"] * widths[0] + sum(K * N for K, N in pairwise(widths)), dtype, device)
     activation, _, is_tanh = chosen["activation"].partition("_")
     torch.manual_seed(options.seed)
     try:
@@ -81,45 +77,26 @@ def stack(options: argparse.Namespace, device: torch.device) -> tuple[FusedResid
         )
     except (TypeError, ValueError) as error:
         raise Wrong(str(error)) from error
-    dtype = getattr(torch, chosen["dtype"])
     return made.to(device, dtype), torch.randn(chosen["rows"], widths[0]).to(device, dtype)
 
 
-def from_factory(options: argparse.Namespace) -> Any:
-    """What the callable returns, under --seed; Wrong, in one line, for whatever goes wrong on the way."""
+def _require_memory(count: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Wrong where so many numbers are more than the machine holds; whatever else is computed comes on top."""
     import torch
 
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        there = min(there, torch.cuda.get_device_properties(device).total_memory)
+    if count * dtype.itemsize > there:
+        asked, has = (f"{size / 2**30:,.0f} GiB" for size in (count * dtype.itemsize, there))
+        raise Wrong(f"--sizes and --rows must fit into memory: x and the weights take {asked}, and there are {has}")
+
+
+def given_alone(options: argparse.Namespace) -> Any:
+    """What module:factory returns; Wrong where options of a stack are given besides."""
     if given := [name for name in (*DEFAULTS, "device") if getattr(options, name) is not None]:
         raise Wrong(f"--{given[0]} must be left out where module:factory says what to run, got {options.factory}")
-    name, _, attribute = options.factory.partition(":")
-    if not name or not attribute.isidentifier():
-        raise Wrong(
-            f"module:factory must name a module and a callable in it, as in models:twins, got {options.factory}"
-        )
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = import_module(name)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-            raise Wrong(f"module:factory must name a module, and there is no {name} here or installed") from None
-        raise Wrong(f"module {name} does not import: {told(error)}") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        has = "is not callable" if hasattr(module, attribute) else "is not there"
-        raise Wrong(f"module:factory must name a callable in {name}: {attribute} {has}")
-    torch.manual_seed(options.seed)
-    try:
-        return factory()
-    except Exception as error:
-        raise Wrong(f"{options.factory}() raised {told(error)}") from error
-
-
-def told(error: BaseException) -> str:
-    """The error in one line, and where it was raised."""
-    said = (str(error).splitlines() or [""])[0]
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {said}{where}"
+    return factory.called(options)
 
 
 def explained(module: Callable[..., object], *x: Any) -> Explanation:

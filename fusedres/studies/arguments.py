@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-
-def positive(text: str) -> int:
-    """An integer of at least 1; ArgumentTypeError otherwise."""
-    return at_least(1)(text)
+from .values import MOST, Integer
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Reads an integer not below `least`; ArgumentTypeError, or ValueError where there is no integer."""
-
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        return value
-
-    return integer
-
-
-def number(parser: argparse.ArgumentParser, name: str, default: int, text: str, least: int = 1) -> None:
-    """Adds an option that takes an integer not below `least`."""
-    parser.add_argument(name, metavar="N", type=at_least(least), default=default, help=f"{text} [%(default)s]")
+def number(
+    parser: argparse.ArgumentParser, name: str, default: int, text: str, least: int = 1, most: int = MOST
+) -> None:
+    """Adds an option that takes an integer from `least` to `most`."""
+    shown = f"{text} [%(default)s]" if most == MOST else f"{text}, {most} at most [%(default)s]"
+    parser.add_argument(name, metavar="N", type=Integer(least, most), default=default, help=shown)
 
 
 def seeds(options: argparse.Namespace, count: int | None = None) -> range:

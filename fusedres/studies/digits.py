@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TRAINED = 1437  # digits to train with, of 1797
+
 
 class Digits(NamedTuple):
     """Images [n, 64] from 0 to 1 and labels [n] to train with; a fifth of all held out."""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..residual import Residual
-from . import arguments, digits, gate_picture, reading
+from . import arguments, digits, gate_picture, reading, values
 from .report import Finding, Report, require
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -64,9 +64,10 @@ class Training:
 def options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(seeds=10)
     arguments.number(parser, "--steps", 938, "of each training")
-    arguments.number(parser, "--batch", 64, "digits in a step")
-    arguments.number(parser, "--width", 8, "channels of every convolution")
-    parser.add_argument("--lr", metavar="R", type=float, default=3e-3, help="Adam's learning rate [%(default)s]")
+    arguments.number(parser, "--batch", 64, "digits in a step", most=digits.TRAINED)
+    arguments.number(parser, "--width", 8, "channels of every convolution", most=1024)
+    rate = values.Positive(most=1.0)
+    parser.add_argument("--lr", metavar="R", type=rate, default=3e-3, help="Adam's learning rate [%(default)s]")
 
 
 def run(options: argparse.Namespace, device: torch.device) -> Report:
@@ -74,8 +75,6 @@ def run(options: argparse.Namespace, device: torch.device) -> Report:
     require("matplotlib", "sklearn", "tqdm")
     from tqdm import tqdm
 
-    if not options.lr > 0:
-        raise ValueError(f"--lr must be above 0, got {options.lr}")
     arguments.one_thread(device)
     found: dict[str, list[Training]] = {form: [] for form in FORMS}
     seeds, epochs = arguments.seeds(options), 0.0
@@ -188,9 +187,7 @@ def train(
 
 
 def _rows(n: int, options: argparse.Namespace, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """As many batches as there are steps. ValueError where a batch is larger than all there is."""
-    if options.batch > n:
-        raise ValueError(f"--batch must be at most {n}, the digits to train with, got {options.batch}")
+    """As many batches as there are steps."""
     left = options.steps
     for epoch in count():
         for rows in digits.batches(n, options.batch, 1000 * seed + epoch, device):

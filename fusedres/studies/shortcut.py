@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import inf
 from statistics import mean, median
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..gradients import GradientComparison, compare_gradients, gradient_profile
 from ..modules import FusedResidualLinear
 from ..reference import ProjectionStack
 from ..stack import FusedResidualStack
-from . import arguments, reading, shortcut_picture
+from . import arguments, reading, shortcut_picture, values
 from .report import Finding, Report, require
 
 SIZES = (128, 64, 32, 16, 8, 1)
@@ -50,7 +51,15 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(seeds=5)
     sizes = " ".join(map(str, SIZES))
     parser.add_argument(
-        "--sizes", metavar="N", type=arguments.positive, nargs="+", default=list(SIZES), help=f"d₀ … d_L [{sizes}]"
+        "--sizes",
+        metavar="N",
+        type=values.Widths(most=4096),
+        nargs="+",
+        action=values.Joined,
+        fewest=3,
+        what="an input, a hidden layer and an output",
+        default=list(SIZES),
+        help=f"d₀ … d_L, by spaces or commas [{sizes}]",
     )
     arguments.number(parser, "--steps", 1500, "of each training")
 
@@ -62,8 +71,6 @@ def run(options: argparse.Namespace, device: torch.device) -> Report:
 
     arguments.one_thread(device)
     sizes, seeds = tuple(options.sizes), arguments.seeds(options)
-    if len(sizes) < 3:
-        raise ValueError(f"--sizes must be three at least, an input, a hidden layer and an output, got {list(sizes)}")
     budget = count(build("projection", sizes, 0))
     fitted = {shortcut: fit(shortcut, sizes, budget) for shortcut in SHORTCUTS}
     as_written: dict[str, list[dict[str, float]]] = {"none": [], "projection": []}
@@ -219,8 +226,8 @@ def _claims(
 ) -> list[Finding]:
     """What the write-up says, which trained nothing."""
     pairs = list(zip(as_written["projection"], as_written["none"], strict=True))
-    gains = [_ends(a)[0] / _ends(b)[0] for a, b in pairs]
-    spreads = [[_ends(one)[1] / _ends(one)[0] for one in pair] for pair in pairs]
+    gains = [_over(_ends(a)[0], _ends(b)[0]) for a, b in pairs]
+    spreads = [[_over(_ends(one)[1], _ends(one)[0]) for one in pair] for pair in pairs]
     projections = [name for name in pairs[0][0] if name.startswith("projections")]
     least = reading.least(a[name] for name in projections for a, _ in pairs) if projections else 0.0
     differ = sum(K != N for K, N in pairwise(sizes))
@@ -267,6 +274,11 @@ def _ends(readout: Mapping[str, float]) -> tuple[float, float]:
     """Of the first and the last layer's weight; projections come after."""
     layers = [value for name, value in readout.items() if not name.startswith("projections")]
     return layers[0], layers[-1]
+
+
+def _over(a: float, b: float) -> float:
+    """a / b, where no gradient at all may arrive."""
+    return a / b if b else inf
 
 
 def _readouts(as_written: Mapping[str, list[dict[str, float]]], apart: float) -> list[str]:

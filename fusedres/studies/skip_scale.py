@@ -21,6 +21,7 @@ from . import arguments, digits, reading, skip_scale_picture
 from .report import Finding, Report, require
 
 SCALES = (0.5, 0.9, 1.0, 1.1, 2.0)  # λ
+DEEPEST = 100  # layers: 2^±100 times a gradient is still a number of fp32
 ROWS = 256  # digits, of which the loss is
 ROUNDING = 1e-5  # relative: a thousand roundings of fp32, some one per layer add up
 NEAR = 0.1  # of Πλ: what the whole gradient may differ where branches are small
@@ -61,9 +62,9 @@ Fan = dict[float, dict[str, list[Carried]]]  # by λ, then by the name of a bran
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    arguments.number(parser, "--depth", 30, "layers of the recursion", least=2)
-    arguments.number(parser, "--width", 32, "features of a layer")
-    arguments.number(parser, "--blocks", 4, "blocks with ReLU after the addition")
+    arguments.number(parser, "--depth", 30, "layers of the recursion", least=2, most=DEEPEST)
+    arguments.number(parser, "--width", 32, "features of a layer", most=512)
+    arguments.number(parser, "--blocks", 4, "blocks with ReLU after the addition", most=100)
 
 
 def run(options: argparse.Namespace, device: torch.device) -> Report:

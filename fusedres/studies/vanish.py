@@ -60,8 +60,8 @@ class Draw:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(seeds=50)
-    arguments.number(parser, "--width", 3, "of case 1")
-    arguments.number(parser, "--depth", 13, "layers of case 1, the last of them to one feature", least=2)
+    arguments.number(parser, "--width", 3, "of case 1", most=1024)
+    arguments.number(parser, "--depth", 13, "layers of case 1, the last of them to one feature", least=2, most=1000)
     arguments.number(parser, "--wide-seeds", 5, "initialisations of case 2")
     arguments.number(parser, "--draws", 500, "initialisations of case 1 in which layers of gradient 0 are counted")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import reading
 from .report import Finding
+from .values import NothingToMeasure
 
 if TYPE_CHECKING:
     from .vanish import Case, Draw
@@ -57,9 +58,11 @@ def all_finite(drawn: dict[str, dict[bool, list[Draw]]]) -> Finding:
 def answer(drawn: dict[bool, list[Draw]]) -> list[Finding]:
     """Why a skip helps ∂L/∂W: that is made of the gradient at the layer's output, which comes through later skips.
 
-    Draws that are not alive are left out of comparisons of digits.
+    Draws that are not alive are left out of comparisons of digits. NothingToMeasure where none is.
     """
     alive = [(a, b) for a, b in zip(drawn[True], drawn[False], strict=True) if is_alive(a)]
+    if not alive:
+        raise NothingToMeasure(f"no gradient passes in any draw of case 1, of {len(drawn[True])}: try more --seeds")
     outer = reading.worst(
         abs(one.outer[i] - one.mean_abs[i]) / one.mean_abs[i]
         for pair in alive
@@ -94,8 +97,8 @@ def answer(drawn: dict[bool, list[Draw]]) -> list[Finding]:
 
 
 def is_alive(draw: Draw) -> bool:
-    """Whether gradient enters by the last layer, or is not a number."""
-    return not draw.mean_abs[-1] <= ALIVE
+    """Whether gradient enters by the last layer and comes to the first, or is not a number."""
+    return not (draw.mean_abs[-1] <= ALIVE or min(draw.total[0], draw.branch[0]) <= 0)
 
 
 def _with_digits(draw: Draw) -> list[int]:
