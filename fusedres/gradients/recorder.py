@@ -267,8 +267,10 @@ class _Cargo:
         self._size = 0
         self._event: Any = None
 
-    def put(self, value: Tensor) -> slice:
-        """Where it will be found on arrival."""
+    def put(self, value: Tensor) -> slice | float:
+        """Where it will be found on arrival; a number that is on the host already, itself."""
+        if value.dim() == 0 and value.device.type == "cpu":
+            return value.item()
         part = value.detach().to(torch.float64).reshape(-1)
         self._parts.append(part)
         self._size += part.numel()

@@ -171,6 +171,13 @@ Compute<T> *top_gradient(const Layer &layer, const T *g, int64_t ldg) {
     return nullptr;
 }
 
+// to [rows.padded, columns] = a half of it, and zeros where there are no rows.
+template <class C>
+void start_with(const Half<C> &half, const Rows &rows, int64_t columns, C *to, int64_t ld) {
+    for (int64_t r = 0; r < rows.padded; r++)
+        for (int64_t c = 0; c < columns; c++) to[r * ld + c] = r < rows.count ? half.at(r, c) : C(0);
+}
+
 template <class T>
 void backward_layers_rows(const Call &call, const T *g, int64_t ldg, const T *kept, T *dx, T *dresidual,
                           LayersState<T> &state, bool is_first) {
@@ -194,7 +201,7 @@ void backward_layers_rows(const Call &call, const T *g, int64_t ldg, const T *ke
             std::unique_ptr<Gradients<T>> &mine = state.sums[size_t(team.member)];
             if (!mine) mine = std::make_unique<Gradients<T>>(call, false, false);
 
-            // dz, ds, λ g, and the sums over rows
+            // dz, ds, and the sums over rows
             const int64_t strips = (call.M + GRAIN - 1) / GRAIN;
             const Team::Share strip = team.share(strips);
             Buffer<C> line(2 * width);
@@ -204,7 +211,6 @@ void backward_layers_rows(const Call &call, const T *g, int64_t ldg, const T *ke
                 BackwardPanel<T> panel{};
                 panel.g = given + first * N;
                 if (l + 1 == call.depth && !top) widen_rows(g + first * ldg, ldg, count, N, panel.g, N);
-                panel.dh = wants_dh ? next + first * K : nullptr;
                 auto row = [&](int64_t offset) { return slot(offset) ? slot(offset) + first * ld : nullptr; };
                 panel.slope = row(layout[l].slope), panel.branch = row(layout[l].branch), panel.ld = ld;
                 panel.s = h + first * ldh, panel.lds = ldh;
@@ -218,7 +224,6 @@ void backward_layers_rows(const Call &call, const T *g, int64_t ldg, const T *ke
                 backward_panel<T>(ready[0], rows, panel, mine->sums[size_t(l)], line.get());
                 zero_padding(panel.dz, rows, N);
                 if (layer.skip == Skip::projection) zero_padding(panel.ds, rows, N);
-                if (wants_dh && is_identity) std::fill(panel.dh + count * K, panel.dh + rows.padded * K, C(0));
             }
             team.wait();
 
@@ -232,7 +237,10 @@ void backward_layers_rows(const Call &call, const T *g, int64_t ldg, const T *ke
                     const int64_t r = rows.first, begin = grid.begin(piece), end = grid.end(piece);
                     C *to = next + r * K;
                     Half<C> half{};
-                    if (is_identity) half = {given + r * K + begin, K, true, C(layer.skip_scale)};
+                    if (is_identity) {
+                        half = {given + r * K + begin, K, true, C(layer.skip_scale)};
+                        start_with(half, rows, end - begin, to + begin, K);
+                    }
                     input_gradient<T>(call.has_brgemm, layer, rows, dz + r * ld, ld, ready[0].weight_back, to, is_identity,
                                       begin, end, layer.is_dropped);
                     if (layer.skip == Skip::projection) {
