@@ -464,8 +464,8 @@ MUTATIONS |= {
     ),
     "C++: record: no half held in layers": Mutation(
         "kernels/cpu/layers.h",
-        "if (is_identity) half = {given",
-        "if (false) half = {given",
+        "if (record) record->add(l, to + begin, K, rows.count, end - begin, half);",
+        "if (record) record->add(l, to + begin, K, rows.count, end - begin, Half<C>{});",
         "test_recording.py -k cpu and every_way and layers",
     ),
     "C++: record: padding counted": Mutation(

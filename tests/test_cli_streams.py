@@ -67,7 +67,9 @@ def finalising():
 
 
 @pytest.mark.parametrize("where", ["calling", "finalising"])
-def test_ctrl_c_is_one_line(where, tmp_path):
+def test_ctrl_c_is_one_line(where, tmp_path, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it, and so
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))  # would all that it starts
     (tmp_path / "slow.py").write_text(SLOW)
     with command.started("compare", f"slow:{where}", "--json", cwd=tmp_path) as one:
         while not (tmp_path / "begun").exists():
