@@ -2,6 +2,7 @@
 
 A program adds to rows [ROW] of its own in fp32, zeroed before, and torch adds up the programs' in their order. Sums are
 in the unit of the largest number so far, a power of two: squares of vanishing gradients do not vanish themselves.
+Sums are over all of a tile at once: one axis after the other, Triton 3.7 compiles none of them for sm_100.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def record(rows_ptr, row, unscale_ptr, total, skip, in_tile, HAS_SKIP: tl.conste
     total *= unscale
     octave = exponent(total)
     in_sum = in_tile & (octave < 255)
-    zeros = tl.sum(tl.sum((in_sum & (total == 0)).to(tl.int32), 1), 0)
+    zeros = tl.sum((in_sum & (total == 0)).to(tl.int32))
     total = tl.where(in_sum, total, 0.0)
     largest = _most(total)
     most = largest
@@ -46,18 +47,18 @@ def record(rows_ptr, row, unscale_ptr, total, skip, in_tile, HAS_SKIP: tl.conste
     inverse = 1.0 / tl.where(unit > 0, unit, 1.0)
     kept = before * inverse
     total *= inverse
-    _add(row_ptr + _SUM, tl.sum(tl.sum(tl.abs(total), 1), 0), kept)
-    _add(row_ptr + _SQUARES, tl.sum(tl.sum(total * total, 1), 0), kept * kept)
+    _add(row_ptr + _SUM, tl.sum(tl.abs(total)), kept)
+    _add(row_ptr + _SQUARES, tl.sum(total * total), kept * kept)
     if HAS_SKIP:
         branch *= inverse
         skip *= inverse
-        _add(row_ptr + _BRANCH, tl.sum(tl.sum(branch * branch, 1), 0), kept * kept)
-        _add(row_ptr + _SKIP, tl.sum(tl.sum(skip * skip, 1), 0), kept * kept)
-        _add(row_ptr + _PRODUCT, tl.sum(tl.sum(branch * skip, 1), 0), kept * kept)
+        _add(row_ptr + _BRANCH, tl.sum(branch * branch), kept * kept)
+        _add(row_ptr + _SKIP, tl.sum(skip * skip), kept * kept)
+        _add(row_ptr + _PRODUCT, tl.sum(branch * skip), kept * kept)
     tl.store(row_ptr + _SCALE, unit)
 
     # how many, how large
-    inside = tl.sum(tl.sum(in_tile.to(tl.int32), 1), 0)
+    inside = tl.sum(in_tile.to(tl.int32))
     _add(row_ptr + _COUNT, inside.to(tl.float32), 1.0)
     _add(row_ptr + _ZEROS, zeros.to(tl.float32), 1.0)
     tl.store(row_ptr + _LARGEST, tl.maximum(tl.load(row_ptr + _LARGEST), largest))
@@ -76,7 +77,7 @@ def exponent(value):
 
 @triton.jit
 def _most(value):
-    return tl.max(tl.max(tl.abs(value), 1), 0)
+    return tl.max(tl.abs(value))
 
 
 @triton.jit
