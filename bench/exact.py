@@ -145,19 +145,19 @@ def mismatches(case: Case, seed: int, device: str = DEVICE) -> list[str]:
     if operands.seed is not None:
         operands = operands._replace(seed=torch.randint(2**62, (), generator=draw))
     g = integers("g", (M, N + (K if spec.skip == "concat" else 0)), K, draw).to(device, dtype)
-    y, z, s, gradients = truth_of(operands, spec, g)
+    y, kept, s, gradients = truth_of(operands, spec, g)
 
     if c.kernel == "forward":
         got = layer.forward(operands, spec, dtype, c.tile, precision, True, spec.skip == "projection")
-        return compare({"y": (got[0], y), "z": (got[1], z), "s": (got[2], s)})
+        return compare({"y": (got[0], y), "kept": (got[1], kept), "s": (got[2], s)})
 
     every = everything(operands)
     wanted = Wanted(*(name == "x" for name in Wanted._fields)) if c.kernel == "dx" else every._replace(x=False)
     found = []
     for recomputes in (False, True) if c.kernel == "dz" else (False,):
-        kept = (None, None) if recomputes else (z.to(dtype), None if s is None else s.to(dtype))
+        left = (None, None) if recomputes else (kept.to(operands.kept_dtype), None if s is None else s.to(dtype))
         tiles = Tiles(c.tile, ANY_TILE if c.kernel == "dx" else c.tile, c.tile)
-        gradient = layer_backward.backward(g, operands, *kept, spec, wanted, tiles, precision)
+        gradient = layer_backward.backward(g, operands, *left, spec, wanted, tiles, precision)
         pairs = {name: (t, gradients[name]) for name, t in gradient._asdict().items() if t is not None}
         found += compare(pairs, " recomputing z" if recomputes else "")
     return found
@@ -235,20 +235,23 @@ def integers(name: str, shape: tuple[int, ...], depth: int, draw: torch.Generato
 def truth_of(
     operands: Operands, spec: LayerSpec, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor | None]]:
-    """y, z, s and every gradient from the reference in float64, which holds these integers exactly."""
+    """y, what is kept, s and every gradient from the reference in float64, which holds these integers exactly."""
     wide = Operands(*(None if t is None else t.double().requires_grad_() for t in operands[:-1]), operands.seed)
     y = reference.layer(wide, spec)
     names = [name for name, t in wide._asdict().items() if t is not None and name != "seed"]
     inputs = [getattr(wide, name) for name in names]
     gradients = dict(zip(names, torch.autograd.grad(y, inputs, g.double(), allow_unused=True), strict=True))
-    z = F.linear(wide.x, wide.weight, wide.bias).detach()
+    kept = F.linear(wide.x, wide.weight, wide.bias).detach()
+    if operands.keeps_slope:
+        at = reference.layer(wide, spec._replace(activation="none")) if spec.activates_sum else kept
+        kept = (at.detach() > 0).double() if spec.activation == "relu" else torch.ones_like(kept)
     s = None
     if spec.skip == "projection":
         s = F.linear(wide.x, wide.projection_weight, wide.projection_bias).detach()
-    for kept in (z, s):
-        if kept is not None and not torch.equal(kept, kept.to(operands.x.dtype).double()):
-            raise AssertionError("a kept z or s is not representable: draw smaller integers")
-    return y.detach(), z, s, gradients
+    for value in (kept, s):
+        if value is not None and not torch.equal(value, value.to(operands.x.dtype).double()):
+            raise AssertionError("what is kept is not representable: draw smaller integers")
+    return y.detach(), kept, s, gradients
 
 
 def compare(pairs: dict[str, tuple[Tensor | None, Tensor | None]], when: str = "") -> list[str]:

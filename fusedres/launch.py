@@ -16,7 +16,7 @@ ANY_WAY = WAYS.index("layers")  # where eager would be quicker, and an operator 
 
 
 def forward(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [..., C], and what backward will read, where keep: z and s [M, N] from Triton, bytes and None from C++."""
+    """y [..., C], and for backward, where keep: φ' or z, and s, [M, N] each, from Triton; bytes and None from C++."""
     choice = dispatch.backend(operands.x.device, operands.x.dtype)
     if isinstance(choice, Native):
         return _cpu_forward(operands, spec, keep)
@@ -28,7 +28,7 @@ def forward(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[Tensor, Te
     x = operands.x
     _refuse_capture(operands, spec)
     with torch.cuda.device_of(x):
-        y, z, s = layer.forward(
+        y, memory, s = layer.forward(
             _as_matrices(operands),
             spec,
             output_dtype(operands),
@@ -37,16 +37,16 @@ def forward(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[Tensor, Te
             *_keeps(operands, spec, keep),
         )
     # in place, since autograd forbids changing a Function's output in place where it is a view
-    return y.resize_(*x.shape[:-1], y.shape[1]), z, s
+    return y.resize_(*x.shape[:-1], y.shape[1]), memory, s
 
 
 def backward(
-    g: Tensor, operands: Operands, z: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
+    g: Tensor, operands: Operands, memory: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
 ) -> Gradients:
-    """The wanted gradients; z and s are what forward kept, None where it kept nothing."""
+    """The wanted gradients; memory and s are what forward kept, None where it kept nothing."""
     choice = dispatch.backend(operands.x.device, operands.x.dtype)
     if isinstance(choice, Native):
-        return _cpu_backward(g, operands, z, spec, wanted)
+        return _cpu_backward(g, operands, memory, spec, wanted)
     if isinstance(choice, Eager):
         _refuse(operands, choice)
     from .kernels.triton import layer_backward
@@ -58,7 +58,7 @@ def backward(
         gradients = layer_backward.backward(
             g.resolve_neg().reshape(-1, g.shape[-1]),
             _as_matrices(operands),
-            z,
+            memory,
             s,
             spec,
             wanted,
@@ -72,19 +72,21 @@ def backward(
     )
 
 
-def kept(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[bool, bool]:
-    """Whether the operator's forward returns z, and a projected skip."""
+def kept(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[torch.dtype | None, bool]:
+    """The dtype of what the operator's forward keeps [M, N], None for nothing; and whether it keeps a projected skip."""
     # How many bytes C++ keeps, a fake cannot know: the operator keeps none there, and backward computes them again.
-    is_native = isinstance(dispatch.backend(operands.x.device, operands.x.dtype), Native)
-    return (False, False) if is_native else _keeps(operands, spec, keep)
+    if isinstance(dispatch.backend(operands.x.device, operands.x.dtype), Native):
+        return None, False
+    keeps, keeps_skip = _keeps(operands, spec, keep)
+    return operands.kept_dtype if keeps else None, keeps_skip
 
 
 def _keeps(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[bool, bool]:
-    """Whether Triton's forward writes z, and a projected skip: where backward reads them and the caller keeps."""
+    """Whether Triton's forward writes φ' or z, and a projected skip: where backward reads them and the caller keeps."""
     keep = keep and not spec.recompute
-    keeps_z = keep and (spec.activation != "none" or operands.branch_scale is not None)
-    is_read = operands.skip_scale is not None or spec.activates_sum
-    return keeps_z, keep and spec.skip == "projection" and is_read
+    learns = operands.branch_scale is not None
+    is_skip_read = operands.skip_scale is not None or (spec.activates_sum and learns)
+    return keep and (spec.activation != "none" or learns), keep and spec.skip == "projection" and is_skip_read
 
 
 def output_dtype(operands: Operands) -> torch.dtype:

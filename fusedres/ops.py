@@ -4,7 +4,7 @@ Three ways in, from cheap to general (measured: `python bench/overhead.py`):
     a plain autograd.Function      eager mode
     a setup_context Function       inside torch.func transforms
     fusedres::residual_linear      compiling, exporting, under a dispatch mode, for tensor subclasses
-Double backward differentiates the reference from the layer's inputs: a kept z is a constant to autograd.
+Double backward differentiates the reference from the layer's inputs: what forward kept is a constant to autograd.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LIBRARY.define(
     f"residual_linear({_OPERANDS}, {_SPEC}, bool keep) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
 )
 _LIBRARY.define(
-    f"residual_linear_backward(Tensor g, Tensor z, Tensor s, {_OPERANDS}, {_SPEC}, bool[] wanted)"
+    f"residual_linear_backward(Tensor g, Tensor kept, Tensor s, {_OPERANDS}, {_SPEC}, bool[] wanted)"
     f" -> ({', '.join(['Tensor'] * len(Gradients._fields))})",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -89,9 +89,9 @@ def _saved(operands: Sequence[Any], spec: LayerSpec) -> Sequence[Any]:
 
 
 def _split(saved: Sequence[Any]) -> tuple[Operands, Tensor | None, Tensor | None]:
-    *operands, z, s = saved
-    z, s = (None if t is None or t.numel() == 0 else t for t in (z, s))
-    return Operands(*operands), z, s
+    *operands, kept, s = saved
+    kept, s = (None if t is None or t.numel() == 0 else t for t in (kept, s))
+    return Operands(*operands), kept, s
 
 
 def _skip_passes_through(operands: Operands, spec: LayerSpec) -> bool:
@@ -100,21 +100,21 @@ def _skip_passes_through(operands: Operands, spec: LayerSpec) -> bool:
 
 
 def _differentiate(call: Any, g: Tensor, saved: Sequence[Any], spec: LayerSpec, needs: Sequence[bool]) -> tuple:
-    """The gradients of all operands, the seed's None included; `call(g, operands, z, s, spec, wanted)` finds them."""
-    operands, z, s = _split(saved)
+    """The gradients of all operands, the seed's None included; `call(g, operands, kept, s, spec, wanted)` has them."""
+    operands, kept, s = _split(saved)
     wanted = Wanted(*needs[: len(Wanted._fields)])
     passes = wanted.residual and _skip_passes_through(operands, spec)
     if passes:
         wanted = wanted._replace(residual=False)
-    gradients = call(g, operands, z, s, spec, wanted)
+    gradients = call(g, operands, kept, s, spec, wanted)
     return (*(gradients._replace(residual=g) if passes else gradients), None)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: LayerSpec, *operands: Tensor | None) -> Tensor:
-        y, z, s = _forward(Operands(*operands), spec, keep=True)
-        ctx.save_for_backward(*_saved(operands, spec), z, s)
+        y, kept, s = _forward(Operands(*operands), spec, keep=True)
+        ctx.save_for_backward(*_saved(operands, spec), kept, s)
         ctx.spec = spec
         return y
 
@@ -136,9 +136,9 @@ class _TransformableLayer(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         spec, *operands = inputs
-        _, z, s = output
-        ctx.mark_non_differentiable(*(t for t in (z, s) if t is not None))
-        ctx.save_for_backward(*operands, z, s)
+        _, kept, s = output
+        ctx.mark_non_differentiable(*(t for t in (kept, s) if t is not None))
+        ctx.save_for_backward(*operands, kept, s)
         ctx.spec = spec
 
     @staticmethod
@@ -148,13 +148,13 @@ class _TransformableLayer(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """The backward as a differentiable function of g and the operands; z and s only spare it work."""
+    """The backward as a differentiable function of g and the operands; kept and s only spare it work."""
 
     @staticmethod
     def forward(
-        spec: LayerSpec, wanted: Wanted, z: Tensor | None, s: Tensor | None, g: Tensor, *operands: Any
+        spec: LayerSpec, wanted: Wanted, kept: Tensor | None, s: Tensor | None, g: Tensor, *operands: Any
     ) -> tuple:
-        return tuple(_visible_backward(g, Operands(*operands), z, s, spec, wanted))
+        return tuple(_visible_backward(g, Operands(*operands), kept, s, spec, wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -166,7 +166,7 @@ class _Gradients(torch.autograd.Function):
         return (None, None, None, None, *_double_backward(gg, ctx.saved_tensors, ctx.spec, ctx.wanted))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, spec: LayerSpec, wanted: Wanted, z: Any, s: Any, *tensors: Any) -> tuple:
+    def vmap(info: Any, in_dims: tuple, spec: LayerSpec, wanted: Wanted, kept: Any, s: Any, *tensors: Any) -> tuple:
         def gradients(g: Tensor, *operands: Any) -> tuple:
             return _reference_gradients(g, Operands(*operands), spec, wanted)
 
@@ -177,21 +177,21 @@ class _Gradients(torch.autograd.Function):
 
 def _visible_forward(operands: Operands, spec: LayerSpec) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """_forward, as an operator where somebody else is to see it."""
-    keeps_z, keeps_s = _kept(operands, spec, keep=True)
+    dtype, keeps_skip = _kept(operands, spec, keep=True)
     if not needs_operator(operands):
-        return _forward(operands, spec, keeps_z or keeps_s)
-    y, z, s = torch.ops.fusedres.residual_linear(*operands, *spec, True)
-    return y, z if keeps_z else None, s if keeps_s else None
+        return _forward(operands, spec, dtype is not None or keeps_skip)
+    y, kept, s = torch.ops.fusedres.residual_linear(*operands, *spec, True)
+    return y, None if dtype is None else kept, s if keeps_skip else None
 
 
 def _visible_backward(
-    g: Tensor, operands: Operands, z: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
+    g: Tensor, operands: Operands, kept: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
 ) -> Gradients:
     """_backward, as an operator where somebody else is to see it."""
     if dispatch.is_legacy_batch(g):  # a batch of gradients (is_grads_batched=True) has no kernel: the formula does it
         return _spread(_reference_gradients(g, operands, spec, wanted), wanted)
     call = _call_backward_operator if needs_operator((g, operands.x)) else _backward
-    return call(g, operands, z, s, spec, wanted)
+    return call(g, operands, kept, s, spec, wanted)
 
 
 def _unwatched(spec: LayerSpec) -> LayerSpec:
@@ -203,9 +203,9 @@ def _unwatched(spec: LayerSpec) -> LayerSpec:
 
 
 def _differentiable_backward(
-    g: Tensor, operands: Operands, z: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
+    g: Tensor, operands: Operands, kept: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
 ) -> Gradients:
-    return Gradients(*_Gradients.apply(spec, wanted, z, s, g, *operands))
+    return Gradients(*_Gradients.apply(spec, wanted, kept, s, g, *operands))
 
 
 def _spread(values: Sequence[Any], wanted: Wanted) -> Gradients:
@@ -245,9 +245,10 @@ def _unpack(arguments: Sequence[Any]) -> tuple[Operands, LayerSpec, Any]:
 @torch.library.impl(_LIBRARY, "residual_linear", "CompositeExplicitAutograd")
 def _residual_linear(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     operands, spec, keep = _unpack(arguments)
-    found = _forward(operands, spec, any(_kept(operands, spec, keep)))
-    y, z, s = (operands.x.new_empty(0) if t is None else t for t in found)
-    return y, z, s
+    dtype, keeps_skip = _kept(operands, spec, keep)
+    found = _forward(operands, spec, dtype is not None or keeps_skip)
+    y, kept, s = (operands.x.new_empty(0) if t is None else t for t in found)
+    return y, kept, s
 
 
 @torch.library.register_fake("fusedres::residual_linear", lib=_LIBRARY)
@@ -257,14 +258,15 @@ def _residual_linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     columns = N + ((x if operands.residual is None else operands.residual).shape[-1] if spec.skip == "concat" else 0)
     y = x.new_empty(*x.shape[:-1], columns, dtype=_output_dtype(operands))
     M = prod(x.shape[:-1])  # not Size.numel(), which turns a symbolic size into a number
-    z, s = (x.new_empty(M, N) if kept else x.new_empty(0) for kept in _kept(operands, spec, keep))
-    return y, z, s
+    dtype, keeps_skip = _kept(operands, spec, keep)
+    kept = x.new_empty(0) if dtype is None else x.new_empty(M, N, dtype=dtype)
+    return y, kept, x.new_empty(M, N) if keeps_skip else x.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     operands, ctx.spec, _ = _unpack(inputs)
-    _, z, s = output
-    ctx.save_for_backward(*_saved(operands, ctx.spec), z, s)
+    _, kept, s = output
+    ctx.save_for_backward(*_saved(operands, ctx.spec), kept, s)
 
 
 def _operator_backward(ctx: Any, g: Tensor, _z: Tensor, _s: Tensor) -> tuple:
@@ -275,18 +277,18 @@ def _operator_backward(ctx: Any, g: Tensor, _z: Tensor, _s: Tensor) -> tuple:
 
 
 def _call_backward_operator(
-    g: Tensor, operands: Operands, z: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
+    g: Tensor, operands: Operands, kept: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
 ) -> Gradients:
-    z, s = (g.new_empty(0) if t is None else t for t in (z, s))
-    found = torch.ops.fusedres.residual_linear_backward(g, z, s, *operands, *spec, list(wanted))
+    kept, s = (g.new_empty(0) if t is None else t for t in (kept, s))
+    found = torch.ops.fusedres.residual_linear_backward(g, kept, s, *operands, *spec, list(wanted))
     return Gradients(*(t if is_wanted else None for t, is_wanted in zip(found, wanted, strict=True)))
 
 
 @torch.library.impl(_LIBRARY, "residual_linear_backward", "CompositeExplicitAutograd")
-def _residual_linear_backward(g: Tensor, z: Tensor, s: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _residual_linear_backward(g: Tensor, kept: Tensor, s: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     operands, spec, wanted = _unpack(arguments)
-    _, z, s = _split((*operands, z, s))
-    gradients = _backward(g, operands, z, s, spec, Wanted(*wanted))
+    _, kept, s = _split((*operands, kept, s))
+    gradients = _backward(g, operands, kept, s, spec, Wanted(*wanted))
     return tuple(g.new_empty(0) if t is None else _owned(t, g) for t in gradients)
 
 
@@ -298,7 +300,7 @@ def _owned(gradient: Tensor, g: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fusedres::residual_linear_backward", lib=_LIBRARY)
-def _residual_linear_backward_fake(g: Tensor, z: Tensor, s: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _residual_linear_backward_fake(g: Tensor, kept: Tensor, s: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     operands, _, wanted = _unpack(arguments)
     return tuple(
         t.new_empty(t.shape) if is_wanted else g.new_empty(0)

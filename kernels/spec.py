@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh", "sin", "none")
@@ -30,6 +31,16 @@ class Operands(NamedTuple):
     skip_scale: Tensor | None = None
     branch_scale: Tensor | None = None
     seed: Tensor | None = None
+
+    @property
+    def keeps_slope(self) -> bool:
+        """Whether φ' is what Triton's forward keeps for backward; for a learned a it is z, which gives φ(z) too."""
+        return self.branch_scale is None
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Of what Triton's forward keeps: x's, but float16 for a slope of 16 bits, the finer one between -2 and 2."""
+        return torch.float16 if self.keeps_slope and self.x.dtype.itemsize == 2 else self.x.dtype
 
 
 class LayerSpec(NamedTuple):

@@ -50,3 +50,19 @@ def test_infinities_and_nan_come_out_as_in_float64(activation, backend, device):
         truth[1] = 0.0  # the limit, where torch multiplies inf by 0
     torch.testing.assert_close(ours.double(), truth, equal_nan=True)
     torch.testing.assert_close(slopes[2:].double(), true_slopes[2:], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.backends("triton")
+def test_the_short_gelu_is_rounded_gelu(dtype, device):
+    """Half a unit in the last place is the rounding itself. Numbers of 16 bits between -8 and 8, every seventh one."""
+    x = torch.arange(-(2**15), 2**15, 7).to(torch.int16).view(dtype)
+    x = x[x.abs() <= 8][:, None].to(device).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    both = through(functional.residual_linear, x, "gelu"), through(reference.residual_linear, wide, "gelu")
+    for ours, truth, cancelled in zip(*both, (0.0, 3e-6), strict=True):  # where the slope is 0, two terms cancel
+        unit = torch.finfo(dtype).eps * 2.0 ** truth.abs().clamp_min(torch.finfo(dtype).tiny).log2().floor()
+        wrong = (ours.double() - truth).abs() > 0.53 * unit + cancelled * (truth.abs() < 0.1)
+        assert not wrong.any(), (
+            f"at x = {x[wrong][:3].tolist()}: {ours[wrong][:3].tolist()}, {truth[wrong][:3].tolist()}"
+        )

@@ -7,8 +7,9 @@
     concat:  y [M, S + N] = [λ r, a drop(φ(z))],  r [M, S]; S = 0 otherwise
     λ a number;  a a number or [N];  drop: stochastic depth by rows
 
-z and the projected s are written when their pointers are given, for backward. Kernels take matrices as a pointer and
-a row stride, the inner stride being 1; w and p have both strides.
+For backward, where their pointers are given, the projected s is written, and kept [M, N]: φ'(z) (IS_POST: φ' at the sum),
+or z itself where it is the branch that backward needs. Kernels take matrices as a pointer and a row stride, the inner
+stride being 1; w and p have both strides.
 """
 
 import torch
@@ -18,20 +19,20 @@ from torch import Tensor
 
 from ..config import Tile
 from ..spec import LayerSpec, Operands
-from .activations import activate
+from .activations import activate, formula, slope
 from .philox import drop_rows
 from .tile import add_bias, branch_scale, load, place, product, scale, store
 
 
 @triton.jit(do_not_specialize=["M", "lam", "a", "seed", "threshold", "keep_scale"])
 def _forward_kernel(
-    y_ptr, stride_ym, z_ptr, s_ptr,
+    y_ptr, stride_ym, kept_ptr, s_ptr,
     x_ptr, stride_xm, w_ptr, stride_wn, stride_wk, b_ptr,
     r_ptr, stride_rm, p_ptr, stride_pn, stride_pk, c_ptr,
     lam_ptr, lam, a_ptr, a, seed, threshold, keep_scale,
     M, N, K, S,
     ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, IS_CONCAT: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
-    DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    DROPS: tl.constexpr, KEEPS_SLOPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     lam = scale(lam_ptr, lam)
@@ -51,33 +52,46 @@ def _forward_kernel(
     # accumulate: z, and the projection where there is one
     z = product(x_ptr, stride_xm, w_ptr, stride_wn, stride_wk, m, n, in_m, in_n, K, BLOCK_K, PRECISION)
     z = add_bias(z, b_ptr, n, in_n)
-    if z_ptr is not None:
-        store(z_ptr, N, m, n, in_m, in_n, z)
+    s = None
     if p_ptr is not None:
         s = product(x_ptr, stride_xm, p_ptr, stride_pn, stride_pk, m, n, in_m, in_n, K, BLOCK_K, PRECISION)
         s = add_bias(s, c_ptr, n, in_n)
         if s_ptr is not None:
             store(s_ptr, N, m, n, in_m, in_n, s)
-
-    # finish: activation, scales, dropped rows and skip on the tile while it is still in registers
-    y = z if IS_POST else activate(z, ACTIVATION)
-    y = branch_scale(a_ptr, a, n, in_n, IS_PER_CHANNEL) * y
-    if DROPS:
-        y = drop_rows(y, m, seed, threshold, keep_scale)
-    if p_ptr is not None:
-        y += lam * s
     elif r_ptr is not None and not IS_CONCAT:
-        y += lam * load(r_ptr, stride_rm, m, n, in_m, in_n)
-    if IS_POST:
-        y = activate(y, ACTIVATION)
+        s = load(r_ptr, stride_rm, m, n, in_m, in_n)
 
+    # finish: on the tile while it is still in registers
+    a = branch_scale(a_ptr, a, n, in_n, IS_PER_CHANNEL)
+    y, kept = finish(z, s, m, lam, a, seed, threshold, keep_scale, ACTIVATION, IS_POST, DROPS, KEEPS_SLOPE)
+    if kept_ptr is not None:
+        store(kept_ptr, N, m, n, in_m, in_n, kept)
     store(y_ptr + S, stride_ym, m, n, in_m, in_n, y)
 
 
+@triton.jit
+def finish(
+    z, s, m, lam, a, seed, threshold, keep_scale,
+    ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, DROPS: tl.constexpr, KEEPS_SLOPE: tl.constexpr,
+):  # fmt: skip
+    """(y, what is kept for backward) of a tile of z and one of the skip s, None where there is none."""
+    y = a * (z if IS_POST else activate(z, ACTIVATION))
+    if DROPS:
+        y = drop_rows(y, m, seed, threshold, keep_scale)
+    if s is not None:
+        y += lam * s
+    kept = z
+    if KEEPS_SLOPE:
+        kept = slope(y if IS_POST else z, ACTIVATION)
+    if IS_POST:
+        y = activate(y, ACTIVATION)
+    return y, kept
+
+
 def forward(
-    operands: Operands, spec: LayerSpec, dtype: torch.dtype, tile: Tile, precision: str, keep_z: bool, keep_skip: bool
+    operands: Operands, spec: LayerSpec, dtype: torch.dtype, tile: Tile, precision: str, keep: bool, keep_skip: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [M, S + N] of type dtype, and z, s [M, N] of x's type where kept; operands are matrices, x [M, K]."""
+    """y [M, S + N] of type dtype; kept [M, N], and s [M, N] of x's type, where kept; operands are matrices, x [M, K]."""
     x, w, b, _, p, c, lam, a, seed = operands
     (M, K), N = x.shape, w.shape[0]
     x, r = rows(x), skip_tensor(operands, spec)
@@ -85,22 +99,32 @@ def forward(
     S = r.shape[1] if spec.skip == "concat" else 0
 
     y = x.new_empty(M, S + N, dtype=dtype)
-    z = x.new_empty(M, N) if keep_z else None
+    kept = x.new_empty(M, N, dtype=operands.kept_dtype) if keep else None
     s = x.new_empty(M, N) if keep_skip else None
     tiles = triton.cdiv(M, tile.BLOCK_M) * (triton.cdiv(N, tile.BLOCK_N) + triton.cdiv(S, tile.BLOCK_N))
     _forward_kernel[(tiles,)](
-        y, S + N, z, s,
+        y, S + N, kept, s,
         x, x.stride(0), w, *w.stride(), b,
         r, 0 if r is None else r.stride(0), p, *((0, 0) if p is None else p.stride()), c,
         lam, spec.skip_scale, a, spec.branch_scale,
         0 if seed is None else int(seed), spec.drop_threshold, spec.keep_scale,
         M, N, K, S,
-        ACTIVATION=spec.activation, IS_POST=spec.order == "post", IS_CONCAT=spec.skip == "concat",
-        IS_PER_CHANNEL=a is not None and a.dim() == 1, DROPS=spec.drop_path > 0, PRECISION=precision,
+        IS_CONCAT=spec.skip == "concat", KEEPS_SLOPE=keep and operands.keeps_slope, **options(spec, a, x.dtype),
+        PRECISION=precision,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return y, z, s
+    return y, kept, s
+
+
+def options(spec: LayerSpec, a: Tensor | None, dtype: torch.dtype) -> dict[str, str | bool]:
+    """What the kernels of a layer are compiled for, but for its skip."""
+    return {
+        "ACTIVATION": formula(spec.activation, dtype),
+        "IS_POST": spec.order == "post",
+        "IS_PER_CHANNEL": a is not None and a.dim() == 1,
+        "DROPS": spec.drop_path > 0,
+    }
 
 
 def rows(matrix: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
     db = Σ dz    da = Σ drop(g) φ(z)    dλ = Σ g s    dc = Σ ds         sums over rows, per column
     dx = dz w + ds  (identity),  dz w + ds p  (projection)
     dw = dzᵀ x      dp = dsᵀ x
-    g, y [M, S + N]   z, dz [M, N]   s, ds [M, N], with concat [M, S]   the rest as in layer.py
+    g, y [M, S + N]   kept, dz [M, N]   s, ds [M, N], with concat [M, S]   the rest as in layer.py
 
 The sums leave the kernel as one row per row tile, [tiles of M, S + N] in fp32, and are added in that order.
 """
@@ -18,7 +18,7 @@ from ..config import Tile, Tiles
 from ..record import Recording
 from ..spec import Gradients, LayerSpec, Operands, Wanted
 from .activations import activate, slope
-from .layer import rows, skip_tensor, vector
+from .layer import options, rows, skip_tensor, vector
 from .philox import drop_rows
 from .record import factor, fresh_rows, record
 from .tile import add_bias, branch_scale, load, place, product, row_tile, scale, store
@@ -33,13 +33,13 @@ def _store_sum(ptr, tile, columns, n, in_n, value):
 @triton.jit(do_not_specialize=["M", "lam", "a", "seed", "threshold", "keep_scale"])
 def _dz_kernel(
     dz_ptr, ds_ptr, db_ptr, da_ptr, dlam_ptr, dc_ptr,
-    g_ptr, stride_gm, z_ptr, s_ptr,
+    g_ptr, stride_gm, kept_ptr, s_ptr,
     x_ptr, stride_xm, w_ptr, stride_wn, stride_wk, b_ptr,
     r_ptr, stride_rm, p_ptr, stride_pn, stride_pk, c_ptr,
     lam_ptr, lam, a_ptr, a, seed, threshold, keep_scale,
     M, N, K, S,
     ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, IS_CONCAT: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
-    DROPS: tl.constexpr, PRECISION: tl.constexpr, NEEDS_Z: tl.constexpr, NEEDS_SKIP: tl.constexpr,
+    DROPS: tl.constexpr, PRECISION: tl.constexpr, HAS_SLOPE: tl.constexpr, NEEDS_Z: tl.constexpr, NEEDS_SKIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     lam = scale(lam_ptr, lam)
@@ -60,10 +60,14 @@ def _dz_kernel(
     a = branch_scale(a_ptr, a, n, in_n, IS_PER_CHANNEL)
     tile = row_tile(N, 0, BLOCK_N)
 
-    # recall: z and the skip, from memory where kept, else computed again
+    # recall: φ', or z, and the skip, from memory where kept, else computed again
+    if HAS_SLOPE:
+        kept_slope = load(kept_ptr, N, m, n, in_m, in_n)
+        if DROPS and not IS_POST:
+            kept_slope = drop_rows(kept_slope, m, seed, threshold, 1.0)  # of a dropped row it may be no number
     if NEEDS_Z:
-        if z_ptr is not None:
-            z = load(z_ptr, N, m, n, in_m, in_n)
+        if kept_ptr is not None:
+            z = load(kept_ptr, N, m, n, in_m, in_n)
         else:
             z = product(x_ptr, stride_xm, w_ptr, stride_wn, stride_wk, m, n, in_m, in_n, K, BLOCK_K, PRECISION)
             z = add_bias(z, b_ptr, n, in_n)
@@ -79,7 +83,9 @@ def _dz_kernel(
             s = add_bias(s, c_ptr, n, in_n)
 
     # post: through the activation first, so that g is the gradient of the sum in either order
-    if IS_POST and NEEDS_Z:
+    if IS_POST and HAS_SLOPE:
+        g *= kept_slope
+    elif IS_POST and NEEDS_Z:
         v = a * z
         if DROPS:
             v = drop_rows(v, m, seed, threshold, keep_scale)
@@ -101,8 +107,11 @@ def _dz_kernel(
     if da_ptr is not None:
         _store_sum(da_ptr, tile, S + N, S + n, in_n, g * (z if IS_POST else activate(z, ACTIVATION)))
     dz = a * g
-    if NEEDS_Z and not IS_POST:
-        dz *= slope(z, ACTIVATION)
+    if not IS_POST:
+        if HAS_SLOPE:
+            dz *= kept_slope
+        elif NEEDS_Z:
+            dz *= slope(z, ACTIVATION)
     store(dz_ptr, N, m, n, in_m, in_n, dz)
     if db_ptr is not None:
         _store_sum(db_ptr, tile, S + N, S + n, in_n, dz)
@@ -140,7 +149,7 @@ def _dx_kernel(
 def backward(
     g: Tensor,
     operands: Operands,
-    z: Tensor | None,
+    kept: Tensor | None,
     s: Tensor | None,
     spec: LayerSpec,
     wanted: Wanted,
@@ -148,12 +157,12 @@ def backward(
     precision: str,
     recording: Recording | None = None,
 ) -> Gradients:
-    """The wanted gradients; g [M, S + N] of any strides, operands as matrices, z and s [M, N] where kept."""
+    """The wanted gradients; g [M, S + N] of any strides, operands as matrices, kept and s [M, N] as forward left them."""
     x, weight, bias, residual, p, c, lam, a, _ = operands
     g, x = rows(g), rows(x)
     N = weight.shape[0]
     S = g.shape[1] - N
-    dz, ds, sums = _dz(g, operands._replace(x=x), z, s, spec, wanted, tiles.dz, precision)
+    dz, ds, sums = _dz(g, operands._replace(x=x), kept, s, spec, wanted, tiles.dz, precision)
 
     # the skip's gradient is lam · ds: what the kernel wrote has λ in it already
     if ds is None:
@@ -181,7 +190,7 @@ def backward(
 def _dz(
     g: Tensor,
     operands: Operands,
-    z: Tensor | None,
+    kept: Tensor | None,
     s: Tensor | None,
     spec: LayerSpec,
     wanted: Wanted,
@@ -192,9 +201,10 @@ def _dz(
     x, w, b, residual, p, c, lam, a, seed = operands
     (M, K), N = x.shape, w.shape[0]
     S = g.shape[1] - N
-    is_post, is_concat = spec.order == "post", spec.skip == "concat"
+    is_concat = spec.skip == "concat"
+    has_slope = kept is not None and operands.keeps_slope
     sums_skip = is_concat and wanted.skip_scale
-    r = skip_tensor(operands, spec) if sums_skip or needs_skip(spec, wanted.skip_scale) else None
+    r = skip_tensor(operands, spec) if sums_skip or needs_skip(spec, wanted.skip_scale, has_slope) else None
     b, c, a = vector(b), vector(c), vector(a)
 
     dz = x.new_empty(M, N)
@@ -210,16 +220,15 @@ def _dz(
     programs = triton.cdiv(M, tile.BLOCK_M) * (triton.cdiv(N, tile.BLOCK_N) + triton.cdiv(copies, tile.BLOCK_N))
     _dz_kernel[(programs,)](
         dz, ds, into.get("bias"), into.get("branch_scale"), into.get("skip_scale"), into.get("projection_bias"),
-        g, g.stride(0), z, s,
+        g, g.stride(0), kept, s,
         x, x.stride(0), w, *w.stride(), b,
         r, 0 if r is None else r.stride(0), p, *((0, 0) if p is None else p.stride()), c,
         lam, spec.skip_scale, a, spec.branch_scale,
         0 if seed is None else int(seed), spec.drop_threshold, spec.keep_scale,
         M, N, K, S,
-        ACTIVATION=spec.activation, IS_POST=is_post, IS_CONCAT=is_concat,
-        IS_PER_CHANNEL=a is not None and a.dim() == 1, DROPS=spec.drop_path > 0, PRECISION=precision,
-        NEEDS_Z=spec.activation != "none" or wanted.branch_scale,
-        NEEDS_SKIP=needs_skip(spec, wanted.skip_scale),
+        IS_CONCAT=is_concat, **options(spec, a, x.dtype), PRECISION=precision,
+        HAS_SLOPE=has_slope, NEEDS_Z=not has_slope and (spec.activation != "none" or wanted.branch_scale),
+        NEEDS_SKIP=needs_skip(spec, wanted.skip_scale, has_slope),
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -229,11 +238,11 @@ def _dz(
     return dz, ds, {name: part[:, columns[name]].sum(0) for name, part in into.items()}
 
 
-def needs_skip(spec: LayerSpec, wants_skip_scale: bool) -> bool:
-    """Whether the dz kernel reads s: for φ' behind the addition, or for dλ (with concat, other programs do that)."""
+def needs_skip(spec: LayerSpec, wants_skip_scale: bool, has_slope: bool) -> bool:
+    """Whether s is read: for φ' behind the addition, or for dλ (with concat, other programs do that)."""
     if spec.skip in ("none", "concat"):
         return False
-    return wants_skip_scale or spec.activates_sum
+    return wants_skip_scale or (spec.activates_sum and not has_slope)
 
 
 def _writes_ds(g: Tensor, operands: Operands, spec: LayerSpec, wanted: Wanted) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import StackTile
 from ..spec import Run
-from .activations import activate
+from .activations import activate, formula
 from .layer import rows, vector
 from .philox import drop_rows, keeps_row
 from .tile import add_bias, store
@@ -211,7 +211,7 @@ def parameters(run: Run) -> tuple[Tensor | float | None, ...]:
 
 def options(run: Run) -> dict[str, str | bool]:
     return {
-        "ACTIVATION": run.activation,
+        "ACTIVATION": formula(run.activation, run.weight.dtype),
         "IS_POST": run.order == "post",
         "HAS_SKIP": run.has_skip,
         "IS_PER_CHANNEL": isinstance(run.branch_scale, Tensor) and run.branch_scale.dim() == 2,
