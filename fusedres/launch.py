@@ -73,7 +73,7 @@ def backward(
 
 
 def kept(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[torch.dtype | None, bool]:
-    """The dtype of what the operator's forward keeps [M, N], None for nothing; and whether it keeps a projected skip."""
+    """The dtype of what the operator's forward keeps [M, N], None for nothing; whether it keeps a projected skip."""
     # How many bytes C++ keeps, a fake cannot know: the operator keeps none there, and backward computes them again.
     if isinstance(dispatch.backend(operands.x.device, operands.x.dtype), Native):
         return None, False

@@ -23,6 +23,23 @@ class Tiles(NamedTuple):
     dx: Tile
 
 
+class PersistentTile(NamedTuple):
+    """BLOCK_M × BLOCK_N of the output at a time, by programs that go from tile to tile; BLOCK_K of the depth per step.
+
+    A tile is finished in `parts` of its columns, 1, 2 or 4. `group` tiles of rows go through all columns before others
+    do. A multiprocessor has `residents` programs.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    warps: int
+    stages: int
+    parts: int = 1
+    group: int = 8
+    residents: int = 1
+
+
 class StackTile(NamedTuple):
     """BLOCK_M rows per program, whole rows: their columns are padded to a power of two.
 

@@ -5,9 +5,9 @@ gelu_tanh  z (1 + tanh(√(2/π) (z + 0.044715 z³))) / 2  the same paper's appr
 silu       z σ(z),  σ(z) = 1 / (1 + exp(-z))
 relu, tanh, sin, none
 
-gelu_short is gelu where it is rounded to 16 bits: Φ to 1e-5 of itself wherever float32 holds it, tails included, in half
-the instructions; the slope costs two more. Φ(-|z|) = exp(-z²/2) P(t) with t = 1 / (1 + c |z|), after Abramowitz and
-Stegun, "Handbook of Mathematical Functions" (1964), 7.1.26; P fitted for the least relative error up to |z| = 14.
+gelu_short is gelu where it is rounded to 16 bits: Φ to 1e-5 of itself wherever float32 holds it, tails too, in half the
+instructions; the slope costs two more. Φ(-|z|) = exp(-z²/2) P(t), t = 1 / (1 + c |z|), after Abramowitz and Stegun,
+"Handbook of Mathematical Functions" (1964), 7.1.26; P fitted for the least relative error up to |z| = 14.
 
 Constants stand to the right of tiles: Triton's interpreter makes no tile of a constexpr times a tile.
 """

@@ -7,9 +7,9 @@
     concat:  y [M, S + N] = [λ r, a drop(φ(z))],  r [M, S]; S = 0 otherwise
     λ a number;  a a number or [N];  drop: stochastic depth by rows
 
-For backward, where their pointers are given, the projected s is written, and kept [M, N]: φ'(z) (IS_POST: φ' at the sum),
-or z itself where it is the branch that backward needs. Kernels take matrices as a pointer and a row stride, the inner
-stride being 1; w and p have both strides.
+For backward, where their pointers are given, the projected s is written, and kept [M, N]: φ'(z), IS_POST φ' at the sum,
+or z itself where a is learned. Kernels take matrices as a pointer and a row stride, the inner stride being 1; w and p
+have both strides.
 """
 
 import torch
@@ -91,7 +91,7 @@ def finish(
 def forward(
     operands: Operands, spec: LayerSpec, dtype: torch.dtype, tile: Tile, precision: str, keep: bool, keep_skip: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [M, S + N] of type dtype; kept [M, N], and s [M, N] of x's type, where kept; operands are matrices, x [M, K]."""
+    """y [M, S + N] of type dtype; kept [M, N], and s [M, N] of x's type, where asked for; operands are matrices."""
     x, w, b, _, p, c, lam, a, seed = operands
     (M, K), N = x.shape, w.shape[0]
     x, r = rows(x), skip_tensor(operands, spec)

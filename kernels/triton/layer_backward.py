@@ -39,7 +39,8 @@ def _dz_kernel(
     lam_ptr, lam, a_ptr, a, seed, threshold, keep_scale,
     M, N, K, S,
     ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, IS_CONCAT: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
-    DROPS: tl.constexpr, PRECISION: tl.constexpr, HAS_SLOPE: tl.constexpr, NEEDS_Z: tl.constexpr, NEEDS_SKIP: tl.constexpr,
+    DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SLOPE: tl.constexpr, NEEDS_Z: tl.constexpr, NEEDS_SKIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     lam = scale(lam_ptr, lam)
@@ -61,10 +62,11 @@ def _dz_kernel(
     tile = row_tile(N, 0, BLOCK_N)
 
     # recall: φ', or z, and the skip, from memory where kept, else computed again
+    kept_slope = None
+    z = None
+    s = None
     if HAS_SLOPE:
         kept_slope = load(kept_ptr, N, m, n, in_m, in_n)
-        if DROPS and not IS_POST:
-            kept_slope = drop_rows(kept_slope, m, seed, threshold, 1.0)  # of a dropped row it may be no number
     if NEEDS_Z:
         if kept_ptr is not None:
             z = load(kept_ptr, N, m, n, in_m, in_n)
@@ -82,16 +84,7 @@ def _dz_kernel(
             s = product(x_ptr, stride_xm, p_ptr, stride_pn, stride_pk, m, n, in_m, in_n, K, BLOCK_K, PRECISION)
             s = add_bias(s, c_ptr, n, in_n)
 
-    # post: through the activation first, so that g is the gradient of the sum in either order
-    if IS_POST and HAS_SLOPE:
-        g *= kept_slope
-    elif IS_POST and NEEDS_Z:
-        v = a * z
-        if DROPS:
-            v = drop_rows(v, m, seed, threshold, keep_scale)
-        if NEEDS_SKIP:
-            v += lam * s
-        g *= slope(v, ACTIVATION)
+    g, gb, dz = descend(g, kept_slope, z, s, m, lam, a, seed, threshold, keep_scale, ACTIVATION, IS_POST, DROPS)
 
     # skip: its gradient and the sums that belong to it
     if ds_ptr is not None:
@@ -102,19 +95,42 @@ def _dz_kernel(
         _store_sum(dlam_ptr, tile, S + N, S + n, in_n, g * s)
 
     # branch: dz and the sums that belong to it
-    if DROPS:
-        g = drop_rows(g, m, seed, threshold, keep_scale)
-    if da_ptr is not None:
-        _store_sum(da_ptr, tile, S + N, S + n, in_n, g * (z if IS_POST else activate(z, ACTIVATION)))
-    dz = a * g
-    if not IS_POST:
-        if HAS_SLOPE:
-            dz *= kept_slope
-        elif NEEDS_Z:
-            dz *= slope(z, ACTIVATION)
     store(dz_ptr, N, m, n, in_m, in_n, dz)
+    if da_ptr is not None:
+        _store_sum(da_ptr, tile, S + N, S + n, in_n, gb * (z if IS_POST else activate(z, ACTIVATION)))
     if db_ptr is not None:
         _store_sum(db_ptr, tile, S + N, S + n, in_n, dz)
+
+
+@triton.jit
+def descend(
+    g, kept_slope, z, s, m, lam, a, seed, threshold, keep_scale,
+    ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the sum of skip and branch, of the branch before its scale, and of z, from g = ∂L/∂y, on a tile.
+
+    z and s are None where they are not needed, kept_slope where φ' comes of them. z is 0 in dropped rows.
+    """
+    # post: through the activation first, so that g is the gradient of the sum in either order
+    if IS_POST:
+        if kept_slope is not None:
+            g *= kept_slope
+        elif z is not None:
+            v = a * z
+            if DROPS:
+                v = drop_rows(v, m, seed, threshold, keep_scale)
+            if s is not None:
+                v += lam * s
+            g *= slope(v, ACTIVATION)
+
+    gb = drop_rows(g, m, seed, threshold, keep_scale) if DROPS else g
+    dz = a * gb
+    if not IS_POST:
+        if kept_slope is not None:
+            dz *= drop_rows(kept_slope, m, seed, threshold, 1.0) if DROPS else kept_slope
+        elif z is not None:
+            dz *= slope(z, ACTIVATION)
+    return g, gb, dz
 
 
 @triton.jit(do_not_specialize=["M", "lam"])
@@ -157,7 +173,7 @@ def backward(
     precision: str,
     recording: Recording | None = None,
 ) -> Gradients:
-    """The wanted gradients; g [M, S + N] of any strides, operands as matrices, kept and s [M, N] as forward left them."""
+    """The wanted gradients; g [M, S + N] of any strides, operands as matrices, kept and s as forward left them."""
     x, weight, bias, residual, p, c, lam, a, _ = operands
     g, x = rows(g), rows(x)
     N = weight.shape[0]

@@ -1,0 +1,134 @@
+"""The kernels that copy by descriptors, called past the dispatcher: against float64, at the edges of every tile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exact import DEVICE, HAS_GPU
+from tolerances import rule_for
+
+from fusedres import reference
+from fusedres.kernels.config import PersistentTile
+from fusedres.kernels.spec import LayerSpec, Operands, Wanted
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    HAS_GPU and torch.cuda.get_device_capability() < (9, 0), reason="copies by descriptors begin with sm_90"
+)
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+TILED, QUARTERS = PersistentTile(64, 64, 32, 4, 2, parts=2, group=2), PersistentTile(64, 128, 64, 4, 2, parts=4)
+WHOLE = PersistentTile(64, 128, 128, 4, 2, parts=2)
+FORWARD = {"tiled": TILED, "in-quarters": QUARTERS, "whole": WHOLE}
+BACKWARD = {"several-across": TILED, "in-quarters": QUARTERS, "one-across": WHOLE._replace(BLOCK_K=32)}
+SIZES = [(1, 8, 8), (131, 104, 104), (70, 24, 120)]  # M, N, K
+PROGRAMS = 3  # fewer than there are tiles, so that each has several
+
+
+def drawn(M: int, N: int, K: int, spec: LayerSpec, dtype: torch.dtype, learned: str = "") -> Operands:
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(DEVICE, dtype)
+
+    return Operands(
+        make(M, K),
+        (torch.randn(N, K) * K**-0.5).to(DEVICE, dtype),
+        make(N),
+        residual=make(M, N) if spec.skip == "residual" else None,
+        skip_scale=make() if "λ" in learned else None,
+        branch_scale=make(N) if "a" in learned else None,
+        seed=torch.tensor(2**62 + 5) if spec.drop_path else None,
+    )
+
+
+def run(operands: Operands, spec: LayerSpec, tile: PersistentTile, keep: bool) -> tuple:
+    from fusedres.kernels.triton import layer_persistent
+
+    return layer_persistent.forward(operands, spec, operands.x.dtype, tile, "ieee", keep, PROGRAMS)
+
+
+def judged(operands: Operands, spec: LayerSpec, g: torch.Tensor, to: torch.dtype) -> dict[str, torch.Tensor]:
+    """y and every gradient of the reference, computing in this type."""
+    leaves = Operands(
+        *(None if t is None else t.detach().to(to).requires_grad_() for t in operands[:-1]), operands.seed
+    )
+    named = {name: t for name, t in leaves._asdict().items() if t is not None and name != "seed"}
+    y = reference.layer(leaves, spec)
+    found = torch.autograd.grad(y, list(named.values()), g.to(to))
+    return {"y": y.detach()} | {f"d{name}": t for name, t in zip(named, found, strict=True)}
+
+
+SPECS = {
+    "identity": (LayerSpec(skip="identity", skip_scale=0.7, branch_scale=-1.5), ""),
+    "identity-post-dropping": (LayerSpec("silu", "post", "identity", drop_path=0.4), "λ"),
+    "learned-dropping": (LayerSpec("gelu", "pre", "identity", drop_path=0.4), "λa"),
+    "no-skip": (LayerSpec("tanh"), "a"),
+    "no-activation": (LayerSpec("none", skip="identity"), ""),
+    "residual": (LayerSpec("sin", "pre", "residual"), ""),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", FORWARD.values(), ids=FORWARD)
+@pytest.mark.parametrize(("spec", "learned"), SPECS.values(), ids=SPECS)
+def test_forward(spec, learned, tile, dtype):
+    for M, N, K in SIZES:
+        operands = drawn(M, N, N if spec.skip == "identity" else K, spec, dtype, learned)
+        g = torch.ones(M, N, device=DEVICE)
+        truth, eager = judged(operands, spec, g, torch.float64)["y"], judged(operands, spec, g, dtype)["y"]
+        y, kept = run(operands, spec, tile, keep=False)
+        assert kept is None
+        rule_for(dtype, "y").check("y", y, eager, truth, 1 / (1 - spec.drop_path))
+        again, kept = run(operands, spec, tile, keep=True)
+        assert torch.equal(y, again), "what is kept changes no bit"
+        assert kept.dtype == operands.kept_dtype
+        assert kept.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", BACKWARD.values(), ids=BACKWARD)
+@pytest.mark.parametrize(("spec", "learned"), SPECS.values(), ids=SPECS)
+def test_dz_inside_the_product_for_dx(spec, learned, tile, dtype):
+    from fusedres.kernels.triton import layer_backward_inside
+
+    names = {"bias": "dbias", "branch_scale": "dbranch_scale", "skip_scale": "dskip_scale"}
+    for M, N, K in SIZES:
+        operands = drawn(M, N, N if spec.skip == "identity" else K, spec, dtype, learned)
+        g = torch.randn(M, N).to(DEVICE, dtype)
+        truth, eager = (judged(operands, spec, g, to) for to in (torch.float64, dtype))
+        _, kept = run(operands, spec, TILED, keep=spec.activation != "none")
+        wanted = Wanted(*(t is not None for t in operands[:-1]))
+        dz, dx, sums = layer_backward_inside.dz_and_dx(g, operands, kept, spec, wanted, tile, "ieee", PROGRAMS)
+        found = {"dx": dx, "dweight": (dz.float().t() @ operands.x.float()).to(dtype)}
+        for name, of_rows in sums.items():
+            of_rows = of_rows.sum() if name == "skip_scale" else of_rows
+            found[names[name]] = of_rows.to(dtype)
+        assert found.keys() | {"y", "dresidual"} >= truth.keys()
+        for name, mine in found.items():
+            terms = max(1.0, M * N / truth[name].numel()) / (1 - spec.drop_path)
+            rule_for(dtype, name).check(f"{name} of {M} x {N} x {K}", mine, eager[name], truth[name], terms)
+
+
+def test_a_row_that_is_no_number_stays_alone():
+    from fusedres.kernels.triton import layer_backward_inside
+
+    spec = LayerSpec(skip="identity")
+    operands = drawn(130, 64, 64, spec, torch.float32)
+    operands.x[70] = float("nan")
+    for tile in FORWARD.values():
+        y, kept = run(operands, spec, tile, keep=True)
+        assert y.isnan().any(1).nonzero().flatten().tolist() == [70]
+        g, wanted = torch.ones_like(y), Wanted(True, *[False] * 7)
+        _, dx, _ = layer_backward_inside.dz_and_dx(g, operands, kept, spec, wanted, TILED, "ieee", PROGRAMS)
+        assert dx.isnan().any(1).nonzero().flatten().tolist() == [70]
+
+
+def test_what_the_copy_engine_takes():
+    from fusedres.kernels.triton.layer_persistent import is_described
+
+    x = torch.empty(32, 64, dtype=torch.float16)
+    assert is_described(x)
+    assert is_described(x[:, 8:])
+    assert is_described(x[1:])
+    assert not is_described(x[:, 1:]), "its first byte"
+    assert not is_described(torch.empty(32, 60, dtype=torch.float16)), "its rows"
+    assert not is_described(x.t()), "its inner stride"
+    assert not is_described(x[:1].expand(32, -1)), "rows of no length"
