@@ -36,9 +36,17 @@ on_every_dtype = pytest.mark.parametrize(
     ],
     ids=lambda dtype: str(dtype).removeprefix("torch."),
 )
-# M, N, K, shares: ragged everywhere; more than a group of tiles, the last group part full; more shares than steps, and
+# M, N, K, shares: ragged everywhere; more than a group of tiles, the last group part full; more shares than steps; more
 # than are added side by side; one row
-SIZES = [(133, 40, 72, 1), (133, 40, 72, 5), (20, 296, 40, 1), (37, 16, 24, 70), (1, 24, 40, 1), (1, 24, 40, 2)]
+SIZES = [
+    (133, 40, 72, 1),
+    (133, 40, 72, 5),
+    (20, 296, 40, 1),
+    (37, 16, 24, 7),
+    (1130, 16, 24, 70),
+    (1, 24, 40, 1),
+    (1, 24, 40, 2),
+]
 
 
 def product(
