@@ -65,3 +65,14 @@ class SumTile(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     warps: int
+
+
+class SplitTile(NamedTuple):
+    """BLOCK_N × BLOCK_K of a product over rows per program, BLOCK_M rows per step; the steps in `splits` shares."""
+
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_M: int
+    warps: int
+    stages: int
+    splits: int

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 CPU = "test_cpu.py test_exact.py -k cpu"
 STACK = "test_stack_kernels.py"
+WEIGHT = "test_weight_gradient.py"
 SUM = "test_residual.py -k not compiled and not opcheck"
 
 
@@ -377,6 +378,52 @@ MUTATIONS = {
         "name) for i in kept]]",
         "name) for i in range(len(kept))]]",
         "test_study_depth.py",
+    ),
+    "a share's last step lost": Mutation(
+        "kernels/triton/weight_gradient.py", "first + least + (split < more).to(tl.int32)", "first + least", WEIGHT
+    ),
+    "dw's rows masked too late": Mutation(
+        "kernels/triton/weight_gradient.py", "in_m = r < M - step * BLOCK_M", "in_m = r < BLOCK_M", WEIGHT
+    ),
+    "dw's last column unwritten": Mutation(
+        "kernels/triton/weight_gradient.py", "n < N, k < K, total)", "n < N, k < K - 1, total)", WEIGHT
+    ),
+    "dw's columns of x by those of dz": Mutation(
+        "kernels/triton/weight_gradient.py", "in_n, in_k = n < N, k < K", "in_n, in_k = n < N, k < N", WEIGHT
+    ),
+    "dw's last group of tiles as high as others": Mutation(
+        "kernels/triton/weight_gradient.py", "height = min(GROUP, row_tiles - above)", "height = GROUP", WEIGHT
+    ),
+    "shares past the first 64 lost": Mutation(
+        "kernels/triton/weight_gradient.py",
+        "for s0 in range(0, splits, SHARES)",
+        "for s0 in range(0, 1, SHARES)",
+        WEIGHT,
+    ),
+    "shares rounded before they are added": Mutation(
+        "kernels/triton/weight_gradient.py",
+        "x.new_empty(splits, N, K, dtype=torch.float32)",
+        "x.new_empty(splits, N, K, dtype=dtype)",
+        WEIGHT + " -k rounded_once",
+    ),
+    "32-bit row offsets in dw": Mutation(
+        "kernels/triton/weight_gradient.py",
+        "m = first.to(tl.int64) * BLOCK_M + r",
+        "m = first * BLOCK_M + r",
+        WEIGHT + " -k offsets",
+    ),
+    "fp16 accumulation in dw": Mutation(
+        "kernels/triton/weight_gradient.py",
+        "        total = tl.dot(tl.trans(dz), x, total, input_precision=PRECISION)\n        dz_tile",
+        "        total = tl.dot(tl.trans(dz), x, total, input_precision=PRECISION).to(tl.float16).to(tl.float32)\n"
+        "        dz_tile",
+        WEIGHT + " -k close",
+    ),
+    "a program stops at its first item": Mutation(
+        "kernels/triton/weight_gradient.py",
+        "range(tl.program_id(0), items, tl.num_programs(0))",
+        "range(tl.program_id(0), items, items)",
+        WEIGHT + " -k number_of_programs",
     ),
 }
 
