@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedres import dispatch, residual_dispatch
-from fusedres.kernels.config import StackTile, SumTile, Tile, Tiles
+from fusedres import dispatch, plans, residual_dispatch
+from fusedres.kernels.config import (
+    Elementwise,
+    Inside,
+    PersistentTile,
+    Plan,
+    Separate,
+    SplitTile,
+    StackTile,
+    SumTile,
+    Tile,
+    Together,
+)
 from fusedres.kernels.spec import PER, LayerSpec, Operands, Run, View, Wanted
 
-KERNELS = Tiles._fields  # forward, dz, dx
+KERNELS = ("forward", "dz", "dx")  # of a layer, by pointers
+FORMS = ("persistent", "inside", "narrow", "finish", "weight")  # the other kernels of a layer
 STACK_KERNELS = ("stack_forward", "stack_backward")
 SUM_KERNELS = ("sum_forward", "sum_backward")
 SUM_LENGTHS = (4, 64, 4096)  # of a row of the sum's memory: narrow tiles, middling ones, and lines
 STACK_WIDTHS = (16, 32, 64, 128, 256)  # that others are padded to
 SIZES = sorted({2**p + more for p in range(14) for more in (0, 1)})  # both sides of every power of two up to 8192
-ROWS = (1, dispatch.SKINNY, dispatch.SKINNY + 1, 65536)
+SKIPS = ("identity", "none", "projection")
 
 
 class Mode(NamedTuple):
@@ -101,33 +114,91 @@ def shipped_sums() -> list[SumConfiguration]:
     return [SumConfiguration(*row) for row in rows]
 
 
-def name(tile: Tile | StackTile | SumTile) -> str:
+def name(tile: Tile | StackTile | SumTile | PersistentTile | SplitTile | Elementwise) -> str:
     """128x64x32-w4-s3: the block, its warps, its stages. Of a run 64, or 64xdx32 where its products are from memory."""
-    if isinstance(tile, SumTile):
+    if isinstance(tile, (SumTile, Elementwise)):
         return f"{tile.BLOCK_M}x{tile.BLOCK_N}-w{tile.warps}"
     if isinstance(tile, StackTile):
         block = f"{tile.BLOCK_M}xdx{tile.BLOCK_K}" if tile.BLOCK_K else f"{tile.BLOCK_M}"
     else:
         block = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
-    return f"{block}-w{tile.warps}-s{tile.stages}"
+    parts = f"-p{tile.parts}" if isinstance(tile, PersistentTile) else ""
+    return f"{block}-w{tile.warps}-s{tile.stages}{parts}"
 
 
-def shipped(target: str) -> list[Configuration]:
-    """Every configuration that dispatch chooses on a target (cuda, hip, interpreter), over all sizes up to 8193."""
-    found: set[Configuration] = set()
-    before = torch.get_float32_matmul_precision()
-    try:
-        for (mode, (dtype, precision)), skip in product(MODES.items(), ("none", "projection")):
-            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-            spec = LayerSpec(skip=skip)
-            for M, N, K in product(ROWS, SIZES, SIZES):
-                operands = Operands(*(torch.empty(shape, dtype=dtype, device="meta") for shape in ((M, K), (N, K))))
-                tiles = dispatch.layer_tiles(operands, spec, dtype, target)
-                layer = mode, skip == "projection", N % 16 > 0 or K % 16 > 0
-                found |= {Configuration(kernel, *layer, getattr(tiles, kernel)) for kernel in KERNELS}
-    finally:
-        torch.set_float32_matmul_precision(before)
+class FormConfiguration(NamedTuple):
+    """A layer's kernel of another form, and a tile that dispatch gives it in this mode: N, K of one such layer."""
+
+    kernel: str
+    mode: str
+    N: int
+    K: int
+    keeps: bool  # forward: writes what backward reads; inside: does more than a plain layer asks
+    tile: PersistentTile | StackTile | SplitTile | Elementwise
+
+    def __str__(self) -> str:
+        keeps = "-keeps" if self.keeps else ""
+        return f"{self.kernel}-{self.mode}-{self.N}x{self.K}{keeps}-{name(self.tile)}"
+
+
+@lru_cache(maxsize=8)
+def every_plan(target: str, capability: int, gpu: str = "") -> list[tuple[plans.Facts, Plan]]:
+    """What dispatch plans on a target (cuda, hip, interpreter), over all sizes up to 8193, and what was measured."""
+    found = []
+    for (mode, (dtype, precision)), N, K, skip in product(MODES.items(), SIZES, SIZES, SKIPS):
+        if mode == "tf32" and target == "hip":  # dispatch has none there
+            continue
+        fits = capability >= 90 and N * dtype.itemsize % 16 == 0 == K * dtype.itemsize % 16
+        for is_skinny, is_described in product((False, True), {False, fits}):
+            for work in ("plain", "busy") if is_described else ("plain",):
+                place = (skip, target, capability, gpu, is_skinny, is_described, work)
+                facts = plans.Facts(N, K, dtype, precision, *place)
+                found.append((facts, plans.plan_of(facts)))
+    return found
+
+
+def _pointer_tiles(plan: Plan) -> list[tuple[str, Tile]]:
+    """(kernel, tile)."""
+    forms = [("forward", plan.forward), ("forward", plan.training)]
+    if isinstance(plan.backward, Separate):
+        forms += [("dz", plan.backward.dz), ("dx", plan.backward.dx)]
+    return [(kernel, form) for kernel, form in forms if isinstance(form, Tile)]
+
+
+def shipped(target: str, capability: int = 80) -> list[Configuration]:
+    """Every configuration by pointers that dispatch chooses on a target; capability 80 takes them wherever it can."""
+    found = {
+        Configuration(kernel, facts.mode, facts.skip == "projection", facts.is_ragged, tile)
+        for facts, plan in every_plan(target, capability if target == "cuda" else 0)
+        for kernel, tile in _pointer_tiles(plan)
+    }
     return sorted(found, key=lambda c: (KERNELS.index(c.kernel), list(MODES).index(c.mode), *c[2:]))
+
+
+def shipped_forms(target: str, capability: int, gpu: str = "") -> list[FormConfiguration]:
+    """Every other configuration, each on the widest layer that has it; where `gpu` names a chip, measured ones too."""
+    found: dict[tuple, FormConfiguration] = {}
+    for facts, plan in every_plan(target, capability, gpu):
+        if facts.skip == "projection" or facts.is_ragged:
+            continue
+        forms: list[tuple[str, bool, object]] = [
+            ("persistent", False, plan.forward),
+            ("persistent", not facts.is_together, plan.training),
+            ("weight", False, plan.weight),
+        ]
+        if isinstance(plan.backward, Inside):
+            forms.append(("inside", facts.work == "busy", plan.backward.dx))
+        if isinstance(plan.backward, Together):
+            forms.append(("narrow", False, plan.backward.rows))
+        for kernel, keeps, tile in forms:
+            if tile is None or isinstance(tile, Tile):
+                continue
+            kernel = "finish" if isinstance(tile, Elementwise) else kernel
+            widths = max(plans.padded(facts.N, facts.K)) if kernel == "narrow" else 0
+            found[kernel, facts.mode, keeps, tile, widths] = FormConfiguration(
+                kernel, facts.mode, min(facts.N, 1024), min(facts.K, 1024), keeps, tile
+            )
+    return sorted(found.values(), key=lambda c: (FORMS.index(c.kernel), list(MODES).index(c.mode), *c[2:5]))
 
 
 def shipped_stacks(target: str) -> list[StackConfiguration]:

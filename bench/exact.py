@@ -21,12 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # triton reads it as it defines kernels
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # dW is a library's product: let it be deterministic
-
-import torch.nn.functional as F
 from configurations import (
+    FORMS,
     KERNELS,
     MODES,
     STACK_KERNELS,
@@ -37,32 +33,22 @@ from configurations import (
     everything,
     largest,
     shipped,
+    shipped_forms,
     shipped_stacks,
 )
+from exact_forms import FormCase, form_cases, form_mismatches
+from integers import DEVICE, HAS_GPU, LAYERS, PROJECTED, compare, drawn, truth_of  # before triton
 from torch import Tensor
 
 from fusedres import reference
-from fusedres.kernels.config import StackTiles, Tile, Tiles
+from fusedres.kernels.config import Separate, StackTiles, Tile
 from fusedres.kernels.spec import LayerSpec, Operands, Run, Wanted
 from fusedres.kernels.triton import layer, layer_backward, stack, stack_backward
 
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU else "cpu"
+GPU = torch.cuda.get_device_name() if HAS_GPU else ""
 TARGET = ("hip" if torch.version.hip else "cuda") if HAS_GPU else "interpreter"
 ANY_TILE = Tile(16, 16, 16, 4, 2)  # for dz where dx is in question
 
-# relu and no activation keep integers; λ, a and 1 / (1 - drop_path) are powers of two
-LAYERS = {
-    "everything": Layer(LayerSpec("relu", "post", "residual", drop_path=0.5), is_learned=True, has_residual=True),
-    "identity": Layer(LayerSpec("relu", skip="identity", skip_scale=2.0, drop_path=0.5)),
-    "post-identity": Layer(LayerSpec("relu", "post", skip="identity", branch_scale=-2.0), is_learned=True),
-    "concat": Layer(LayerSpec("relu", skip="concat", drop_path=0.5), is_learned=True),
-    "bare": Layer(LayerSpec("none", branch_scale=2.0)),
-}
-PROJECTED = {
-    "everything": Layer(LayerSpec("relu", "post", "projection", drop_path=0.5), is_learned=True),
-    "projection": Layer(LayerSpec("relu", skip="projection", skip_scale=2.0)),
-}
 HEAVIEST = {"forward": "everything", "dz": "everything", "dx": "identity"}
 
 
@@ -71,6 +57,7 @@ STACKS = {
     "pre": Stack("relu", is_learned=True),
     "bare": Stack("none", has_skip=False),
 }
+EVERY_KERNEL = KERNELS + FORMS + STACK_KERNELS
 DEPTH = 3  # layers, of which the second drops rows
 
 
@@ -127,24 +114,28 @@ def stack_cases(configurations: Iterable[StackConfiguration], is_small: bool) ->
     return [StackCase(c, name, tiles * c.tile.BLOCK_M + 3) for c in configurations for name in STACKS]
 
 
+AnyCase = Case | StackCase | FormCase
+
+
+def capability() -> int:
+    """Of this GPU, as dispatch has it; in the interpreter, which knows descriptors, the first that has them."""
+    if not HAS_GPU:
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 # ---------------------------------------------------------------------------------------------- one case
 
 
-def mismatches(case: Case, seed: int, device: str = DEVICE) -> list[str]:
+def mismatches(case: Case, seed: int) -> list[str]:
     """What the case's kernel wrote that is not equal to the truth, each with its number of wrong elements."""
-    c, M, N, K = case.configuration, case.M, case.N, case.K
+    c = case.configuration
     dtype, precision = MODES[c.mode]
     subject = (PROJECTED if c.has_projection else LAYERS)[case.layer]
     spec = subject.spec
     draw = torch.Generator().manual_seed(zlib.crc32(f"{case} {seed}".encode()))
-
-    def make(name: str, *shape: int) -> Tensor:
-        return integers(name, shape, K, draw).to(device, dtype)
-
-    operands = subject.operands(M, N, K, make)
-    if operands.seed is not None:
-        operands = operands._replace(seed=torch.randint(2**62, (), generator=draw))
-    g = integers("g", (M, N + (K if spec.skip == "concat" else 0)), K, draw).to(device, dtype)
+    operands, g = drawn(subject, case.M, case.N, case.K, draw, dtype)
     y, kept, s, gradients = truth_of(operands, spec, g)
 
     if c.kernel == "forward":
@@ -156,14 +147,14 @@ def mismatches(case: Case, seed: int, device: str = DEVICE) -> list[str]:
     found = []
     for recomputes in (False, True) if c.kernel == "dz" else (False,):
         left = (None, None) if recomputes else (kept.to(operands.kept_dtype), None if s is None else s.to(dtype))
-        tiles = Tiles(c.tile, ANY_TILE if c.kernel == "dx" else c.tile, c.tile)
-        gradient = layer_backward.backward(g, operands, *left, spec, wanted, tiles, precision)
+        form = Separate(ANY_TILE if c.kernel == "dx" else c.tile, c.tile)
+        gradient = layer_backward.backward(g, operands, *left, spec, wanted, form, None, precision, 1)
         pairs = {name: (t, gradients[name]) for name, t in gradient._asdict().items() if t is not None}
         found += compare(pairs, " recomputing z" if recomputes else "")
     return found
 
 
-def stack_mismatches(case: StackCase, seed: int, device: str = DEVICE) -> list[str]:
+def stack_mismatches(case: StackCase, seed: int) -> list[str]:
     """Likewise for a run's kernel, keeping every h or every other one."""
     c = case.configuration
     dtype, precision = MODES[c.mode]
@@ -176,11 +167,11 @@ def stack_mismatches(case: StackCase, seed: int, device: str = DEVICE) -> list[s
             values *= torch.rand(shape, generator=draw) < 3 / c.d
         if name in ("skip_scale", "branch_scale"):
             values = torch.tensor([-1.0, 1.0])[torch.randint(2, shape, generator=draw)]
-        return values.to(device, dtype)
+        return values.to(DEVICE, dtype)
 
     x, run, g = make("x", case.M, c.d), subject.run(DEPTH, c.d, make), make("g", case.M, c.d)
     if run.seeds is not None:
-        run = run._replace(seeds=torch.randint(2**62, (DEPTH,), generator=draw).to(device))
+        run = run._replace(seeds=torch.randint(2**62, (DEPTH,), generator=draw).to(DEVICE))
     hs, gradients = stack_truth(x, run, g)
     tiles = StackTiles(c.tile, c.tile)
     found = []
@@ -221,59 +212,16 @@ def stack_truth(x: Tensor, run: Run, g: Tensor) -> tuple[list[Tensor], dict[str,
     return [h.detach() for h in hs], dict(zip(wide, found, strict=False))
 
 
-def integers(name: str, shape: tuple[int, ...], depth: int, draw: torch.Generator) -> Tensor:
-    """Integers whose products over `depth` stay near 5, where fp16 and bf16 still count by one; scales are ± 1 or 2."""
-    if name in ("skip_scale", "branch_scale"):
-        return torch.tensor([-2.0, -1.0, 1.0, 2.0])[torch.randint(4, shape, generator=draw)]
-    values = torch.randint(-2, 3, shape, generator=draw).double()
-    if name in ("x", "weight", "projection_weight"):
-        density = min(1.0, (6 / depth) ** 0.5)
-        values *= torch.rand(shape, generator=draw) < density
-    return values
-
-
-def truth_of(
-    operands: Operands, spec: LayerSpec, g: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor | None]]:
-    """y, what is kept, s and every gradient from the reference in float64, which holds these integers exactly."""
-    wide = Operands(*(None if t is None else t.double().requires_grad_() for t in operands[:-1]), operands.seed)
-    y = reference.layer(wide, spec)
-    names = [name for name, t in wide._asdict().items() if t is not None and name != "seed"]
-    inputs = [getattr(wide, name) for name in names]
-    gradients = dict(zip(names, torch.autograd.grad(y, inputs, g.double(), allow_unused=True), strict=True))
-    kept = F.linear(wide.x, wide.weight, wide.bias).detach()
-    if operands.keeps_slope:
-        at = reference.layer(wide, spec._replace(activation="none")) if spec.activates_sum else kept
-        kept = (at.detach() > 0).double() if spec.activation == "relu" else torch.ones_like(kept)
-    s = None
-    if spec.skip == "projection":
-        s = F.linear(wide.x, wide.projection_weight, wide.projection_bias).detach()
-    for value in (kept, s):
-        if value is not None and not torch.equal(value, value.to(operands.x.dtype).double()):
-            raise AssertionError("what is kept is not representable: draw smaller integers")
-    return y.detach(), kept, s, gradients
-
-
-def compare(pairs: dict[str, tuple[Tensor | None, Tensor | None]], when: str = "") -> list[str]:
-    found = []
-    for name, (got, truth) in pairs.items():
-        if truth is None:
-            continue
-        wrong = int((got != truth.to(got.dtype)).sum())  # NaN, which unwritten memory is filled with, differs too
-        if wrong:
-            found.append(f"{name}{when}: {wrong} of {truth.numel()} wrong")
-    return found
-
-
 # ---------------------------------------------------------------------------------------------- all cases
 
 
-def run(case: Case | StackCase, seeds: int) -> tuple[Case | StackCase, list[str]]:
+def run(case: AnyCase, seeds: int) -> tuple[AnyCase, list[str]]:
     """The case's mismatches over all seeds."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        found = stack_mismatches if isinstance(case, StackCase) else mismatches
+        kinds = {StackCase: stack_mismatches, FormCase: form_mismatches, Case: mismatches}
+        found = kinds[type(case)]
         return case, [f"seed {seed}: {text}" for seed in range(seeds) for text in found(case, seed)]
     except Exception as error:
         return case, [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
@@ -283,7 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="the largest tiles alone, on small sizes")
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS + STACK_KERNELS, default=KERNELS + STACK_KERNELS)
+    parser.add_argument("--kernel", nargs="+", choices=EVERY_KERNEL, default=EVERY_KERNEL)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="0: all in this process")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="leave out what is not begun by then")
@@ -301,7 +249,14 @@ def main() -> int:
     stacks = [c for c in shipped_stacks(TARGET) if c.kernel in options.kernel and c.mode in modes]
     queue = [*cases(chosen, is_small), *stack_cases(stacks, is_small)]
 
-    found: dict[Case | StackCase, list[str]] = {}
+    forms = [
+        c
+        for c in shipped_forms("hip" if TARGET == "hip" else "cuda", capability(), GPU)
+        if c.kernel in options.kernel and c.mode in modes
+    ]
+    queue = [*form_cases(forms, is_small), *queue]
+
+    found: dict[AnyCase, list[str]] = {}
     for case, wrong in _results(queue, options.seeds, options.jobs, start + options.budget_s):
         found[case] = wrong
         for text in wrong[:3]:
@@ -330,9 +285,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _results(
-    queue: list[Case | StackCase], seeds: int, jobs: int, deadline: float
-) -> Iterable[tuple[Case | StackCase, list[str]]]:
+def _results(queue: list[AnyCase], seeds: int, jobs: int, deadline: float) -> Iterable[tuple[AnyCase, list[str]]]:
     """(case, mismatches) as they come: many processes, since most of the time goes into compiling."""
     if jobs == 0:
         for case in queue:

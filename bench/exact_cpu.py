@@ -15,7 +15,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from exact import LAYERS, PROJECTED, compare, integers, truth_of
+from integers import LAYERS, PROJECTED, compare, integers, truth_of
 from torch import Tensor
 
 from fusedres import dispatch, ops

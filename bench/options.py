@@ -19,8 +19,9 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 
-import lens  # before triton: it sees to it that kernels compile
+import launches
 import torch
+from compiled import ARCHES, compiled  # before triton: it sees to it that kernels compile
 from configurations import Layer
 
 from fusedres.kernels.config import Tile
@@ -47,10 +48,10 @@ def refusals(case: tuple[str, Layer, bool]) -> list[str]:
     """What the compiler said against the three kernels of a layer, in bf16."""
     arch, layer, keeps = case
     said = []
-    for kernel, launch in lens.launches(layer, torch.bfloat16, "ieee", TILE, 48, keeps).items():
+    for kernel, launch in launches.launches(layer, torch.bfloat16, "ieee", TILE, 48, keeps).items():
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # ptxas is talkative
-                lens.compiled(launch, lens.ARCHES[arch], is_ragged=False)
+                compiled(launch, ARCHES[arch], is_ragged=False)
         except Exception as error:
             said.append(f"{kernel}: {layer}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     return said
@@ -58,7 +59,7 @@ def refusals(case: tuple[str, Layer, bool]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=lens.ARCHES, default="sm_90")
+    parser.add_argument("--arch", choices=ARCHES, default="sm_90")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
 

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 
 from . import native
-from .kernels.config import StackTile, StackTiles, Tile, Tiles
+from .kernels.config import StackTile, StackTiles
 from .kernels.spec import WAYS, LayerSpec, Operands
 
 SKINNY = 64  # rows, up to which a layer reads its weights rather than its rows
@@ -57,6 +56,8 @@ class Triton:
 
     because: str
     target: str  # cuda, hip, or interpreter
+    capability: int = 0  # of a cuda device: 80, 90, …
+    gpu: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,13 @@ def _backend(device_type: str, index: int | None, dtype: torch.dtype, is_interpr
         if dtype == torch.bfloat16:
             return Eager("Triton's interpreter computes bfloat16 products wrongly")
         return Triton("TRITON_INTERPRET=1: the kernels run in Triton's interpreter", "interpreter")
+    gpu = torch.cuda.get_device_name(index)
     if torch.version.hip:
-        return Triton(f"{torch.cuda.get_device_name(index)} runs the kernels", "hip")
-    if (capability := torch.cuda.get_device_capability(index)) < (8, 0):
-        return Eager(f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
-    return Triton(f"{torch.cuda.get_device_name(index)} runs the kernels", "cuda")
+        return Triton(f"{gpu} runs the kernels", "hip", gpu=gpu)
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return Eager(f"the kernels need compute capability 8.0, this GPU has {major}.{minor}")
+    return Triton(f"{gpu} runs the kernels", "cuda", 10 * major + minor, gpu)
 
 
 def _cpu_backend(dtype: torch.dtype) -> Eager | Native:
@@ -225,68 +228,9 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def layer_tiles(operands: Operands, spec: LayerSpec, dtype: torch.dtype, target: str) -> Tiles:
-    """The tiles of a layer x [..., K] -> [..., N] computing in dtype."""
-    N, K = operands.weight.shape
-    M = operands.x.numel() // K
-    is_skinny = M <= SKINNY and not spec.batch_invariant
-    return _tiles(N, K, dtype, precision(dtype), spec.skip == "projection", is_skinny, target)
-
-
-@lru_cache(maxsize=4096)
-def _tiles(
-    N: int, K: int, dtype: torch.dtype, precision: str, has_projection: bool, is_skinny: bool, target: str
-) -> Tiles:
-    is_exact_fp32 = dtype == torch.float32 and precision == "ieee"
-    is_ragged = N % 16 != 0 or K % 16 != 0
-
-    def tile(columns: int, depth: int, work: str) -> Tile:
-        shape = _SKINNY[is_exact_fp32] if is_skinny else _SHAPES[is_exact_fp32, is_ragged, work]
-        is_half = dtype.itemsize == 2
-        deepest = 2 * shape.depth if is_half and not is_ragged else shape.depth
-        block_n = _power_of_two(columns, 16, shape.columns)
-        block_k = _power_of_two(depth, 32 if is_half else 16, deepest)
-        return Tile(shape.rows, block_n, block_k, shape.warps, 2 if target == "hip" else 3)
-
-    product = "two products" if has_projection else "product"
-    return Tiles(forward=tile(N, K, product), dz=tile(N, K, "dz"), dx=tile(K, N, product))
-
-
-class _Shape(NamedTuple):
-    """The largest tile, in 4-byte elements along the depth."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-
-
-# A stated heuristic, until tiles are measured on a GPU: the largest tiles that do not spill (`python bench/lens.py`).
-# fp32 without tf32 has no matrix unit and holds its operands in registers too; sizes that are no multiple of 16 load
-# element by element, with an address each (128 x 128 x 64 would spill 512 bytes on sm_90).
-_SHAPES = {  # (is_exact_fp32, is_ragged, work)
-    (False, False, "product"): _Shape(128, 128, 32, 8),
-    (False, False, "two products"): _Shape(128, 64, 32, 8),
-    (False, False, "dz"): _Shape(128, 64, 32, 8),
-    (False, True, "product"): _Shape(64, 64, 32, 8),
-    (False, True, "two products"): _Shape(64, 32, 32, 8),
-    (False, True, "dz"): _Shape(64, 64, 32, 8),
-    (True, False, "product"): _Shape(64, 64, 16, 4),
-    (True, False, "two products"): _Shape(64, 32, 16, 8),
-    (True, False, "dz"): _Shape(64, 64, 16, 8),
-    (True, True, "product"): _Shape(64, 64, 16, 8),
-    (True, True, "two products"): _Shape(64, 32, 16, 8),
-    (True, True, "dz"): _Shape(64, 32, 16, 8),
-}
-_SKINNY = {False: _Shape(16, 64, 32, 4), True: _Shape(16, 64, 16, 4)}  # by is_exact_fp32
-
-
-def _power_of_two(size: int, smallest: int, largest: int) -> int:
-    return min(largest, max(smallest, 1 << (size - 1).bit_length()))
-
-
-# Likewise for runs of layers: (kind of product, width padded to a power of two) -> forward, backward. Exact fp32 goes
-# few rows at a time. The widest read what they multiply from memory: a whole layer's weights would spill.
+# Of runs of layers, (kind of product, width padded to a power of two) -> forward, backward: a stated heuristic, as
+# `plans.py` has of layers. Exact fp32 goes few rows at a time. The widest read what they multiply from memory: a whole
+# layer's weights would spill.
 _STACKS = {
     ("half", 16): StackTiles(StackTile(128, 4, 3), StackTile(128, 8, 2)),
     ("half", 32): StackTiles(StackTile(128, 4, 3), StackTile(128, 8, 2)),

@@ -12,9 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import dispatch
+from . import dispatch, plans
 from .dispatch import Eager, Native, Triton, Way
-from .kernels.config import StackTiles, Tiles
+from .kernels.config import Plan, StackTiles, Together
 from .kernels.spec import LayerSpec, NetworkSpec, Operands
 
 
@@ -32,7 +32,7 @@ class Call:
     dtype: torch.dtype
     spec: LayerSpec | NetworkSpec
     choice: Eager | Triton | Native
-    tiles: Tiles | StackTiles | None = None  # of Triton's kernels
+    tiles: Plan | StackTiles | None = None  # of Triton's kernels
     way: Way | None = None  # of the C++ engine
     keeps: bool = True  # whether the C++ engine would keep activations for backward
     threads: int = 1
@@ -58,9 +58,13 @@ class Call:
             lines.append(f"    {self._options()}, in one kernel each way; {kept} backward")
             lines += [f"    {kernel:<8} {tile}" for kernel, tile in self.tiles._asdict().items()]
         elif self.tiles is not None:
-            lines.append(f"    {self._options()}; {'z kept for' if self.keeps else 'z recomputed in'} backward")
-            lines += [f"    {kernel:<8}{tile}" for kernel, tile in self.tiles._asdict().items()]
-            lines.append("    dW, dP   torch.matmul")
+            is_one = isinstance(self.tiles.backward, Together)
+            kept = "x alone kept for" if is_one else "φ' kept for" if self.keeps else "z recomputed in"
+            lines.append(f"    {self._options()}; {kept} backward")
+            forms = self.tiles._asdict()
+            if is_one:
+                del forms["weight"]  # which is backward's too
+            lines += [f"    {kernel:<9}{form or 'torch.matmul'}" for kernel, form in forms.items()]
         if self.way is not None:
             kept = "activations kept for backward" if self.keeps else "activations computed again in backward"
             lines.append(f"    {self._options()}; {kept}")
@@ -95,7 +99,7 @@ def note(choice: Eager | Triton | Native, operands: Operands, spec: LayerSpec, d
     M = operands.x.shape[:-1].numel()
     tiles = way = None
     if isinstance(choice, Triton):
-        tiles = dispatch.layer_tiles(operands, spec, dtype, choice.target)
+        tiles = plans.layer_plan(operands, spec, choice, dtype)
     elif isinstance(choice, Native):
         way = cast(Way, dispatch.layer_way(operands, spec, dtype))
     keeps = not spec.recompute

@@ -7,8 +7,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from . import dispatch, recording
-from .dispatch import Eager, Native, Way
+from . import dispatch, plans, recording
+from .dispatch import Eager, Native, Triton, Way
+from .kernels.config import Elementwise, PersistentTile, Tile, Together
 from .kernels.cpu import launch as cpu
 from .kernels.spec import WAYS, Gradients, LayerSpec, Operands, Wanted
 
@@ -22,22 +23,35 @@ def forward(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[Tensor, Te
         return _cpu_forward(operands, spec, keep)
     if isinstance(choice, Eager):
         _refuse(operands, choice)
-    from .kernels.triton import layer
-
     operands = _resolved(operands)
     x = operands.x
     _refuse_capture(operands, spec)
+    keeps, keeps_skip = _keeps(operands, spec, keep, choice)
+    plan = plans.layer_plan(operands, spec, choice, x.dtype)
     with torch.cuda.device_of(x):
-        y, memory, s = layer.forward(
-            _as_matrices(operands),
-            spec,
-            output_dtype(operands),
-            dispatch.layer_tiles(operands, spec, x.dtype, choice.target).forward,
-            dispatch.precision(x.dtype),
-            *_keeps(operands, spec, keep),
-        )
+        form = plan.training if keep else plan.forward
+        y, memory, s = _triton_forward(_as_matrices(operands), spec, form, output_dtype(operands), keeps, keeps_skip)
     # in place, since autograd forbids changing a Function's output in place where it is a view
     return y.resize_(*x.shape[:-1], y.shape[1]), memory, s
+
+
+def _triton_forward(
+    operands: Operands,
+    spec: LayerSpec,
+    form: Tile | PersistentTile | Elementwise,
+    dtype: torch.dtype,
+    keeps: bool,
+    keeps_skip: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    from .kernels.triton import layer, layer_library, layer_persistent
+
+    how = dispatch.precision(operands.x.dtype)
+    if isinstance(form, Elementwise):
+        return layer_library.forward(operands, spec, dtype, form, keeps, keeps_skip)
+    if isinstance(form, PersistentTile):
+        programs = dispatch.multiprocessors(operands.x.device)
+        return *layer_persistent.forward(operands, spec, dtype, form, how, keeps, programs), None
+    return layer.forward(operands, spec, dtype, form, how, keeps, keeps_skip)
 
 
 def backward(
@@ -49,23 +63,22 @@ def backward(
         return _cpu_backward(g, operands, memory, spec, wanted)
     if isinstance(choice, Eager):
         _refuse(operands, choice)
-    from .kernels.triton import layer_backward
+    from .kernels.triton import layer_backward, layer_narrow
 
     operands = _resolved(operands)
     x, residual = operands.x, operands.residual
     _refuse_capture(operands, spec)
+    plan = plans.layer_plan(operands, spec, choice, x.dtype, g)
+    how, programs = dispatch.precision(x.dtype), dispatch.multiprocessors(x.device)
+    watched = recording.of(spec.watch) if spec.watch else None
+    g, matrices = g.resolve_neg().reshape(-1, g.shape[-1]), _as_matrices(operands)
     with torch.cuda.device_of(x):
-        gradients = layer_backward.backward(
-            g.resolve_neg().reshape(-1, g.shape[-1]),
-            _as_matrices(operands),
-            memory,
-            s,
-            spec,
-            wanted,
-            dispatch.layer_tiles(operands, spec, x.dtype, choice.target),
-            dispatch.precision(x.dtype),
-            recording.of(spec.watch) if spec.watch else None,
-        )
+        if isinstance(plan.backward, Together):
+            gradients = layer_narrow.backward(g, matrices, spec, wanted, plan.backward.rows, 2 * programs, how, watched)
+        else:
+            gradients = layer_backward.backward(
+                g, matrices, memory, s, spec, wanted, plan.backward, plan.weight, how, programs, watched
+            )
     return gradients._replace(
         x=None if gradients.x is None else gradients.x.reshape(x.shape),
         residual=None if gradients.residual is None else gradients.residual.reshape(residual.shape),
@@ -75,15 +88,16 @@ def backward(
 def kept(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[torch.dtype | None, bool]:
     """The dtype of what the operator's forward keeps [M, N], None for nothing; whether it keeps a projected skip."""
     # How many bytes C++ keeps, a fake cannot know: the operator keeps none there, and backward computes them again.
-    if isinstance(dispatch.backend(operands.x.device, operands.x.dtype), Native):
+    choice = dispatch.backend(operands.x.device, operands.x.dtype)
+    if not isinstance(choice, Triton):
         return None, False
-    keeps, keeps_skip = _keeps(operands, spec, keep)
+    keeps, keeps_skip = _keeps(operands, spec, keep, choice)
     return operands.kept_dtype if keeps else None, keeps_skip
 
 
-def _keeps(operands: Operands, spec: LayerSpec, keep: bool) -> tuple[bool, bool]:
+def _keeps(operands: Operands, spec: LayerSpec, keep: bool, choice: Triton) -> tuple[bool, bool]:
     """Whether Triton's forward writes φ' or z, and a projected skip: where backward reads them and the caller keeps."""
-    keep = keep and not spec.recompute
+    keep = keep and not spec.recompute and not plans.keeps_input_alone(operands, spec, choice)
     learns = operands.branch_scale is not None
     is_skip_read = operands.skip_scale is not None or (spec.activates_sum and learns)
     return keep and (spec.activation != "none" or learns), keep and spec.skip == "projection" and is_skip_read

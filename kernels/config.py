@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """BLOCK_M × BLOCK_N of the output per program; BLOCK_K of a product's depth per step."""
+    """BLOCK_M × BLOCK_N of the output per program, by pointers; BLOCK_K of a product's depth per step."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -15,19 +15,11 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Tiles(NamedTuple):
-    """The tiles of one layer's three kernels."""
-
-    forward: Tile
-    dz: Tile
-    dx: Tile
-
-
 class PersistentTile(NamedTuple):
-    """BLOCK_M × BLOCK_N of the output at a time, by programs that go from tile to tile; BLOCK_K of the depth per step.
+    """BLOCK_M × BLOCK_N of the output at a time, by descriptors; BLOCK_K of a product's depth per step.
 
-    A tile is finished in `parts` of its columns, 1, 2 or 4. `group` tiles of rows go through all columns before others
-    do. A multiprocessor has `residents` programs.
+    Programs go from tile to tile, `residents` of them on a multiprocessor; `group` tiles of rows go through all columns
+    before others do. A tile is finished in `parts` of its columns, 1, 2 or 4.
     """
 
     BLOCK_M: int
@@ -76,3 +68,41 @@ class SplitTile(NamedTuple):
     warps: int
     stages: int
     splits: int
+    by_descriptors: bool = False
+
+
+class Elementwise(NamedTuple):
+    """Products by the vendor's library; what stands around them in one kernel, BLOCK_M × BLOCK_N per program."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    warps: int
+
+
+class Separate(NamedTuple):
+    """A layer's backward with dz in a kernel of its own, and dx in another, or, None, by the library."""
+
+    dz: Tile
+    dx: Tile | None
+
+
+class Inside(NamedTuple):
+    """A layer's backward with dz made inside the product for dx."""
+
+    dx: PersistentTile
+
+
+class Together(NamedTuple):
+    """A layer's backward in one kernel, for which forward keeps x alone."""
+
+    rows: StackTile
+
+
+class Plan(NamedTuple):
+    """Which kernels run a layer, with their tiles: forward without gradients and forward that keeps, backward, and dw
+    as far as backward leaves it over, None by the library."""
+
+    forward: Tile | PersistentTile | Elementwise
+    training: Tile | PersistentTile | Elementwise
+    backward: Separate | Inside | Together
+    weight: SplitTile | None

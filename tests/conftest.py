@@ -18,7 +18,7 @@ if not HAS_GPU:
 
 import pytest  # noqa: E402
 
-from fusedres import dispatch, native  # noqa: E402
+from fusedres import dispatch, native, plans  # noqa: E402
 from fusedres.kernels.cpu import launch  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -115,6 +115,15 @@ def forget_choices() -> None:
     dispatch._cached_backend.cache_clear()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Narrow layers too have dz and dx in kernels of their own, in Triton."""
+    monkeypatch.setattr(plans, "TOGETHER_UP_TO", 0)
+    plans.plan_of.cache_clear()
+    yield
+    plans.plan_of.cache_clear()
 
 
 @pytest.fixture

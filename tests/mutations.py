@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 CPU = "test_cpu.py test_exact.py -k cpu"
 STACK = "test_stack_kernels.py"
+DESCRIBED = "test_persistent.py"
 WEIGHT = "test_weight_gradient.py"
 NARROW = "kernels/triton/layer_narrow.py"
 SUM = "test_residual.py -k not compiled and not opcheck"
@@ -73,14 +74,48 @@ MUTATIONS = {
     "a row tile lost from db": Mutation(
         "kernels/triton/layer_backward.py", "part[:, columns[name]].sum(0)", "part[:1, columns[name]].sum(0)"
     ),
-    "post slope at z": Mutation(
-        "kernels/triton/layer_backward.py", "g *= slope(v, ACTIVATION)", "g *= slope(z, ACTIVATION)"
-    ),
+    "post slope at z": Mutation("kernels/triton/layer.py", "g *= slope(v, ACTIVATION)", "g *= slope(z, ACTIVATION)"),
     "backward drops other rows": Mutation(
-        "kernels/triton/layer_backward.py",
-        "g = drop_rows(g, m, seed",
-        "g = drop_rows(g, m + 1, seed",
+        "kernels/triton/layer.py",
+        "gb = drop_rows(g, m, seed",
+        "gb = drop_rows(g, m + 1, seed",
         "test_layer.py -k stochastic",
+    ),
+    "φ' of a dropped row counts": Mutation(
+        "kernels/triton/layer.py",
+        "drop_rows(kept_slope, m, seed, threshold, 1.0) if DROPS else kept_slope",
+        "kept_slope",
+        "test_layer.py -k dropped",
+    ),
+    "descriptors: parts of a tile change places": Mutation(
+        "kernels/triton/layer_persistent.py", "left if part == 0 else right", "right if part == 0 else left", DESCRIBED
+    ),
+    "descriptors: quarters change places": Mutation(
+        "kernels/triton/layer_persistent.py", "left if part < 2 else right", "left if part < 3 else right", DESCRIBED
+    ),
+    "descriptors: the last group of tiles as high as others": Mutation(
+        "kernels/triton/layer_persistent.py", "tl.minimum(down - first, GROUP)", "GROUP", DESCRIBED
+    ),
+    "descriptors: the skip of another part": Mutation(
+        "kernels/triton/layer_persistent.py", "r.load([m0, at]),\n", "r.load([m0, n0]),\n", DESCRIBED
+    ),
+    "inside: every tile of rows leaves its sums in one row": Mutation(
+        "kernels/triton/layer_backward_inside.py",
+        "tl.cast(m0 // BLOCK_M, tl.int64) * N",
+        "tl.cast(0, tl.int64)",
+        DESCRIBED,
+    ),
+    "inside: post skip without its slope": Mutation(
+        "kernels/triton/layer_backward_inside.py", "ds *= kept_skip.load", "kept_skip.load", DESCRIBED
+    ),
+    "plans: a measured form that does not fit": Mutation(
+        "fusedres/plans.py",
+        "for name, form in forms.items() if _admits(facts, form)",
+        "for name, form in forms.items()",
+        "test_plans.py",
+    ),
+    "plans: the copy engine takes any first byte": Mutation(
+        "fusedres/plans.py", " and t.data_ptr() % 16 == 0", "", "test_plans.py"
     ),
     "lazy negation ignored": Mutation("fusedres/launch.py", "not t.is_neg() else", "True else"),
     "Philox key schedule": Mutation("fusedres/philox.py", "0xBB67AE85", "0xBB67AE84", "test_philox.py"),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fusedres
 from fusedres import FusedResidualLinear, dispatch, functional, philox
-from fusedres.kernels.config import Tile, Tiles
+from fusedres.kernels.config import Separate, Tile
 from fusedres.kernels.spec import WAYS, LayerSpec, Operands, Wanted
 
 pytestmark = pytest.mark.backends("cpu")
@@ -349,7 +349,9 @@ def by_triton(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     tile = Tile(128, 16, 16, 4, 2)
     y, z, s = layer.forward(operands, spec, torch.float32, tile, "ieee", True, False)
     wanted = Wanted(True, *[False] * 7)
-    found = layer_backward.backward(torch.ones_like(y), operands, z, s, spec, wanted, Tiles(tile, tile, tile), "ieee")
+    found = layer_backward.backward(
+        torch.ones_like(y), operands, z, s, spec, wanted, Separate(tile, tile), None, "ieee", 1
+    )
     return y.cpu(), found.x.cpu()
 
 

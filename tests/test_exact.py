@@ -5,8 +5,10 @@ import random
 
 import exact_cpu
 import pytest
-from configurations import KERNELS, MODES, STACK_KERNELS, largest, shipped, shipped_stacks
-from exact import HAS_GPU, TARGET, Case, StackCase, cases, mismatches, stack_cases, stack_mismatches
+from configurations import KERNELS, MODES, STACK_KERNELS, largest, shipped, shipped_forms, shipped_stacks
+from exact import GPU, TARGET, Case, StackCase, capability, cases, mismatches, stack_cases, stack_mismatches
+from exact_forms import FormCase, form_cases, form_mismatches
+from integers import HAS_GPU
 
 from fusedres.kernels.spec import WAYS
 
@@ -38,6 +40,18 @@ def _stack_cases() -> list[StackCase]:
 @pytest.mark.parametrize("case", _stack_cases(), ids=str)
 def test_every_element_of_a_run_is_exact(case):
     assert stack_mismatches(case, seed=0) == []
+
+
+def _form_cases() -> list[FormCase]:
+    """fp16 compiles to what bf16 does; the interpreter knows no other of 16 bits."""
+    few = ("fp32", "tf32", "bf16") if HAS_GPU else ("fp32", "fp16")
+    forms = [c for c in shipped_forms("cuda", capability(), GPU) if c.mode in few]
+    return list(form_cases(forms, is_small=True))
+
+
+@pytest.mark.parametrize("case", _form_cases(), ids=str)
+def test_every_element_of_another_form_is_exact(case):
+    assert form_mismatches(case, seed=0) == []
 
 
 @pytest.mark.backends("cpu")

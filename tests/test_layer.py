@@ -55,6 +55,7 @@ def learned_scales(skip: str | None) -> dict[str, str | float]:
     return {"skip_scale": "scalar" if skip else 1.0, "branch_scale": "channel"}
 
 
+@pytest.mark.usefixtures("in_pieces")
 @on_every_dtype
 @pytest.mark.parametrize(("order", "skip"), SUMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -69,6 +70,7 @@ def test_every_shape(shape, dtype, skip, device):
     check(Case(shape, dtype, skip=skip, skip_scale="scalar"), device)
 
 
+@pytest.mark.usefixtures("in_pieces")
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("branch_scale", [1.0, -0.5, "scalar", "channel"])
@@ -91,6 +93,7 @@ def test_every_scale_and_memory_policy(order, skip, skip_scale, branch_scale, bi
     )
 
 
+@pytest.mark.usefixtures("in_pieces")
 @pytest.mark.parametrize(("order", "skip"), [pair for pair in SUMS if pair[1] is not None])
 def test_stochastic_depth(order, skip, device):
     check(Case(Shape((5, 19), 21, 21), order=order, skip=skip, drop_path=0.4, **learned_scales(skip)), device)
@@ -112,6 +115,7 @@ def every_other(t: Tensor) -> Tensor:
 LAYOUTS = {"transposed": transposed, "sliced": sliced, "every-other": every_other}
 
 
+@pytest.mark.usefixtures("in_pieces")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("operand", ["x", "weight", "bias", "residual", "projection_weight", "branch_scale"])
 def test_every_layout_of_operands(operand, layout, device):

@@ -10,13 +10,13 @@ import pytest
 import torch
 from cases import Case, Shape, three_ways
 from configurations import Layer, everything
-from exact import compare, integers, truth_of
+from integers import compare, integers, truth_of
 from tolerances import rule_for
 from torch import Tensor
 
 from fusedres import ops, philox, reference
 from fusedres.kernels import record
-from fusedres.kernels.config import StackTile, Tile, Tiles
+from fusedres.kernels.config import Separate, StackTile, Tile
 from fusedres.kernels.record import Recording
 from fusedres.kernels.spec import Gradients, LayerSpec, Operands, Wanted
 from fusedres.kernels.triton import layer_backward, layer_narrow
@@ -307,9 +307,8 @@ def test_what_is_recorded(skip, device):
     recording = Recording(0.5, lambda row, parts: noted.append((row, parts)), 3)
     found = run(g, operands, subject.spec, everything(operands), recording=recording)
     tile = Tile(16, 16, 16, 4, 2)
-    layer_backward.backward(
-        g, operands, None, None, subject.spec, everything(operands), Tiles(tile, tile, tile), "ieee", recording
-    )
+    form, wanted = Separate(tile, tile), everything(operands)
+    layer_backward.backward(g, operands, None, None, subject.spec, wanted, form, None, "ieee", 1, recording)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(plain, found, strict=True))
     (row, ours), (_, theirs) = noted
     assert (row, ours.shape) == (3, (2, 1, record.ROW))

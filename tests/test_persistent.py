@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact import DEVICE, HAS_GPU
+from integers import DEVICE, HAS_GPU
 from tolerances import rule_for
 
 from fusedres import reference

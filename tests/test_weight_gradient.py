@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact import HAS_GPU
+from integers import HAS_GPU
 from tolerances import rule_for
 from torch import Tensor
 
@@ -58,7 +58,8 @@ def product(
     precision: str = "ieee",
     multiprocessors: int = 3,
 ) -> Tensor:
-    return weight_gradient(dz, x, dtype, tile, precision, by_descriptors, multiprocessors)
+    tile = tile._replace(by_descriptors=by_descriptors)
+    return weight_gradient(dz, x, dtype, tile, precision, multiprocessors)
 
 
 def integers(rows: int, columns: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:

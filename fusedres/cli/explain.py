@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..measured import encoded
 from . import device, factory, models
 from .arguments import Answer, Parser, Wrong
 
@@ -45,7 +46,7 @@ def _call(call: Call) -> dict[str, Any]:
         "because": call.choice.because,
         "way": call.way and call.way.name,
         "way_because": call.way and call.way.because,
-        "tiles": call.tiles and {kernel: tile._asdict() for kernel, tile in call.tiles._asdict().items()},
+        "tiles": encoded(call.tiles),
         "keeps": call.keeps,
         "threads": call.threads,
     }

@@ -88,6 +88,37 @@ def finish(
     return y, kept
 
 
+@triton.jit
+def descend(
+    g, kept_slope, z, s, m, lam, a, seed, threshold, keep_scale,
+    ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the sum of skip and branch, of the branch before its scale, and of z, from g = ∂L/∂y, on a tile.
+
+    z and s are None where they are not needed, kept_slope where φ' comes of them. z is 0 in dropped rows.
+    """
+    # post: through the activation first, so that g is the gradient of the sum in either order
+    if IS_POST:
+        if kept_slope is not None:
+            g *= kept_slope
+        elif z is not None:
+            v = a * z
+            if DROPS:
+                v = drop_rows(v, m, seed, threshold, keep_scale)
+            if s is not None:
+                v += lam * s
+            g *= slope(v, ACTIVATION)
+
+    gb = drop_rows(g, m, seed, threshold, keep_scale) if DROPS else g
+    dz = a * gb
+    if not IS_POST:
+        if kept_slope is not None:
+            dz *= drop_rows(kept_slope, m, seed, threshold, 1.0) if DROPS else kept_slope
+        elif z is not None:
+            dz *= slope(z, ACTIVATION)
+    return g, gb, dz
+
+
 def forward(
     operands: Operands, spec: LayerSpec, dtype: torch.dtype, tile: Tile, precision: str, keep: bool, keep_skip: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -14,14 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import Tile, Tiles
+from ..config import Inside, Separate, SplitTile, Tile
 from ..record import Recording
 from ..spec import Gradients, LayerSpec, Operands, Wanted
-from .activations import activate, slope
-from .layer import options, rows, skip_tensor, vector
+from .activations import activate
+from .layer import descend, options, rows, skip_tensor, vector
+from .layer_backward_inside import dz_and_dx, skip_of_inside
+from .layer_persistent import is_described
 from .philox import drop_rows
-from .record import factor, fresh_rows, record
+from .record import factor, fresh_rows, record, record_after
 from .tile import add_bias, branch_scale, load, place, product, row_tile, scale, store
+from .weight_gradient import weight_gradient
 
 
 @triton.jit
@@ -102,37 +105,6 @@ def _dz_kernel(
         _store_sum(db_ptr, tile, S + N, S + n, in_n, dz)
 
 
-@triton.jit
-def descend(
-    g, kept_slope, z, s, m, lam, a, seed, threshold, keep_scale,
-    ACTIVATION: tl.constexpr, IS_POST: tl.constexpr, DROPS: tl.constexpr,
-):  # fmt: skip
-    """The gradients of the sum of skip and branch, of the branch before its scale, and of z, from g = ∂L/∂y, on a tile.
-
-    z and s are None where they are not needed, kept_slope where φ' comes of them. z is 0 in dropped rows.
-    """
-    # post: through the activation first, so that g is the gradient of the sum in either order
-    if IS_POST:
-        if kept_slope is not None:
-            g *= kept_slope
-        elif z is not None:
-            v = a * z
-            if DROPS:
-                v = drop_rows(v, m, seed, threshold, keep_scale)
-            if s is not None:
-                v += lam * s
-            g *= slope(v, ACTIVATION)
-
-    gb = drop_rows(g, m, seed, threshold, keep_scale) if DROPS else g
-    dz = a * gb
-    if not IS_POST:
-        if kept_slope is not None:
-            dz *= drop_rows(kept_slope, m, seed, threshold, 1.0) if DROPS else kept_slope
-        elif z is not None:
-            dz *= slope(z, ACTIVATION)
-    return g, gb, dz
-
-
 @triton.jit(do_not_specialize=["M", "lam"])
 def _dx_kernel(
     dx_ptr, dz_ptr, w_ptr, stride_wn, stride_wk, ds_ptr, stride_dsm, p_ptr, stride_pn, stride_pk, lam_ptr, lam,
@@ -169,8 +141,10 @@ def backward(
     s: Tensor | None,
     spec: LayerSpec,
     wanted: Wanted,
-    tiles: Tiles,
+    form: Separate | Inside,
+    over_rows: SplitTile | None,
     precision: str,
+    multiprocessors: int,
     recording: Recording | None = None,
 ) -> Gradients:
     """The wanted gradients; g [M, S + N] of any strides, operands as matrices, kept and s as forward left them."""
@@ -178,7 +152,14 @@ def backward(
     g, x = rows(g), rows(x)
     N = weight.shape[0]
     S = g.shape[1] - N
-    dz, ds, sums = _dz(g, operands._replace(x=x), kept, s, spec, wanted, tiles.dz, precision)
+    operands, learned = operands._replace(x=x), lam
+    if isinstance(form, Inside):
+        dz, dx, sums = dz_and_dx(g, operands, kept, spec, wanted, form.dx, precision, multiprocessors)
+        if recording is not None:
+            record_after(recording, dx, skip_of_inside(g, kept, operands, spec))
+        ds = None
+    else:
+        dz, ds, sums = _dz(g, operands, kept, s, spec, wanted, form.dz, precision)
 
     # the skip's gradient is lam · ds: what the kernel wrote has λ in it already
     if ds is None:
@@ -186,19 +167,24 @@ def backward(
     else:
         lam, fixed = None, 1.0
 
-    reaches_x = spec.skip in ("identity", "projection") or (spec.skip == "concat" and residual is None)
-    through_skip = ds if reaches_x else None
-    dx = _dx(dz, weight, through_skip, p, lam, fixed, tiles.dx, precision, recording) if wanted.x else None
+    if isinstance(form, Separate):
+        reaches_x = spec.skip in ("identity", "projection") or (spec.skip == "concat" and residual is None)
+        through_skip = ds if reaches_x else None
+        dx = _dx(dz, weight, through_skip, p, lam, fixed, form.dx, precision, recording) if wanted.x else None
     dresidual = _scaled(ds, lam, fixed).to(residual.dtype) if wanted.residual else None
-    dp = _scaled(product_over_rows(ds, x), lam, fixed) if wanted.projection_weight else None
+
+    def product(left: Tensor, dtype: torch.dtype) -> Tensor:
+        return product_over_rows(left, x, dtype, over_rows, precision, multiprocessors)
+
+    dp = _scaled(product(ds, torch.float32), lam, fixed) if wanted.projection_weight else None
     return Gradients(
         x=dx,
-        weight=product_over_rows(dz, x).to(weight.dtype) if wanted.weight else None,
+        weight=product(dz, weight.dtype) if wanted.weight else None,
         bias=sums["bias"].to(bias.dtype) if wanted.bias else None,
         residual=dresidual,
         projection_weight=dp.to(p.dtype) if wanted.projection_weight else None,
         projection_bias=sums["projection_bias"].to(c.dtype) if wanted.projection_bias else None,
-        skip_scale=sums["skip_scale"].sum().to(operands.skip_scale.dtype) if wanted.skip_scale else None,
+        skip_scale=sums["skip_scale"].sum().to(learned.dtype) if wanted.skip_scale else None,
         branch_scale=sums["branch_scale"].sum_to_size(a.shape).to(a.dtype) if wanted.branch_scale else None,
     )
 
@@ -280,11 +266,13 @@ def _dx(
     p: Tensor | None,
     lam: Tensor | None,
     fixed: float,
-    tile: Tile,
+    tile: Tile | None,
     precision: str,
     recording: Recording | None,
 ) -> Tensor:
     """dx [M, K] = dz w + λ ds, or dz w + λ ds p."""
+    if tile is None:
+        return _dx_by_library(dz, w, ds, p, lam, fixed, recording)
     (M, N), K = dz.shape, w.shape[1]
     dx = dz.new_empty(M, K)
     programs = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(K, tile.BLOCK_N)
@@ -302,8 +290,39 @@ def _dx(
     return dx
 
 
-def product_over_rows(dz: Tensor, x: Tensor) -> Tensor:
-    """dzᵀ x [N, K] in fp32: a plain product, so the vendor's library does it, accumulating and returning fp32."""
+def _dx_by_library(
+    dz: Tensor,
+    w: Tensor,
+    ds: Tensor | None,
+    p: Tensor | None,
+    lam: Tensor | None,
+    fixed: float,
+    recording: Recording | None,
+) -> Tensor:
+    """The same by the vendor's products, which add λ ds before they round, where λ is a number."""
+    if ds is None:
+        dx, skip = dz @ w, None
+    else:
+        skip = _scaled(ds.to(dz.dtype), lam, 1.0)
+        number = fixed if lam is None else 1.0
+        dx = torch.addmm(skip, dz, w, beta=number) if p is None else torch.addmm(dz @ w, skip, p, alpha=number)
+    if recording is not None:
+        half = None if skip is None else (skip if p is None else skip @ p).float() * number
+        record_after(recording, dx, half)
+    return dx
+
+
+def product_over_rows(
+    dz: Tensor, x: Tensor, dtype: torch.dtype, tile: SplitTile | None, precision: str, multiprocessors: int
+) -> Tensor:
+    """dzᵀ x [N, K], accumulated in fp32 and rounded once to dtype: by our kernel, or by the vendor's library."""
+    if tile is not None and not (tile.by_descriptors and not (is_described(dz) and is_described(x))):
+        return weight_gradient(dz, x, dtype, tile, precision, multiprocessors)
+    return library_product_over_rows(dz, x).to(dtype)
+
+
+def library_product_over_rows(dz: Tensor, x: Tensor) -> Tensor:
+    """dzᵀ x [N, K] in fp32, accumulated in fp32."""
     if dz.dtype == torch.float32:
         return dz.t() @ x
     if dz.is_cuda:

@@ -16,9 +16,8 @@ from torch import Tensor
 from ..config import PersistentTile
 from ..spec import LayerSpec, Operands, Wanted
 from .activations import activate
-from .layer import options, skip_tensor, vector
-from .layer_backward import descend
-from .layer_persistent import columns, described, grouped
+from .layer import descend, options, skip_tensor, vector
+from .layer_persistent import columns, described, grouped, is_described
 from .philox import drop_rows
 from .tile import branch_scale, scale
 
@@ -121,10 +120,13 @@ def dz_and_dx(
     precision: str,
     multiprocessors: int,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """dz [M, N], dx [M, K], and the wanted sums over rows [N] in fp32, by name. For layers that `is_inside` admits."""
+    """dz [M, N], dx [M, K], and the wanted sums over rows [N] in fp32, by name.
+
+    The skip is none, an identity, or a residual whose gradient is g; where a is learned, φ is before the sum.
+    """
     _, w, _, _, _, _, lam, a, seed = operands
     (M, N), K = g.shape, w.shape[1]
-    a = vector(a)
+    g, a = g if is_described(g) else g.contiguous(), vector(a)
     s = skip_tensor(operands, spec) if wanted.skip_scale else None
     dz, dx = operands.x.new_empty(M, N), operands.x.new_empty(M, K)
 
@@ -150,3 +152,11 @@ def dz_and_dx(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dz, dx, {name: sums.sum(0) for name, sums in into.items()}
+
+
+def skip_of_inside(g: Tensor, kept: Tensor | None, operands: Operands, spec: LayerSpec) -> Tensor | None:
+    """What of dx came through an identity, λ g or λ g φ', in fp32."""
+    if spec.skip != "identity":
+        return None
+    skip = g.float() * (spec.skip_scale if operands.skip_scale is None else operands.skip_scale)
+    return skip * kept.float() if spec.activates_sum else skip

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import StackTile
 from ..record import Recording
 from ..spec import Gradients, LayerSpec, Operands, Wanted
-from .activations import activate, slope
+from .activations import activate, formula, slope
 from .layer import rows, skip_tensor, vector
 from .layer_backward import needs_skip
 from .philox import keeps_row
@@ -164,7 +164,7 @@ def backward(
     (M, K), N = x.shape, w.shape[0]
     b, a = vector(b), vector(a)
     is_identity = spec.skip == "identity"
-    reads_skip = needs_skip(spec, wanted.skip_scale)
+    reads_skip = needs_skip(spec, wanted.skip_scale, False)
     r = skip_tensor(operands, spec) if reads_skip and not is_identity else None
     programs = min(programs, triton.cdiv(M, tile.BLOCK_M))
 
@@ -183,7 +183,7 @@ def backward(
         0 if seed is None else int(seed), spec.drop_threshold, spec.keep_scale,
         parts, None if parts is None else factor(recording.unscale, x),
         M, programs, N, K,
-        ACTIVATION=spec.activation, IS_POST=spec.order == "post", IS_IDENTITY=is_identity,
+        ACTIVATION=formula(spec.activation, x.dtype), IS_POST=spec.order == "post", IS_IDENTITY=is_identity,
         IS_PER_CHANNEL=a is not None and a.dim() == 1, DROPS=spec.drop_path > 0, PRECISION=precision,
         NEEDS_Z=spec.activation != "none" or wanted.branch_scale, NEEDS_SKIP=reads_skip,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=padded(N), BLOCK_K=padded(K), STAGES=tile.stages,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..record import BRANCH, COUNT, LARGEST, OCTAVES, PRODUCT, ROW, SCALE, SKIP, SQUARES, SUM, ZEROS
+from ..record import BRANCH, COUNT, LARGEST, OCTAVES, PRODUCT, ROW, SCALE, SKIP, SQUARES, SUM, ZEROS, Recording
 
 _COUNT, _SUM, _SQUARES, _LARGEST, _ZEROS = (tl.constexpr(c) for c in (COUNT, SUM, SQUARES, LARGEST, ZEROS))
 _BRANCH, _SKIP, _PRODUCT, _SCALE, _OCTAVES, _ROW = (
@@ -121,6 +121,13 @@ def statistics(totals: Sequence[Tensor], branches: Sequence[Tensor], unscale: fl
         ELEMENT=ELEMENTS[first.dtype], HAS_BRANCH=bool(branches), PROGRAMS=PROGRAMS, BLOCK_ROWS=16,
     )  # fmt: skip
     return parts
+
+
+def record_after(recording: Recording, dx: Tensor, skip: Tensor | None) -> None:
+    """Of a gradient dx that some other kernel has written, and the half of it that came through the skip, if any."""
+    total = dx.float()
+    parts = statistics([total], [] if skip is None else [total - skip.float()], recording.unscale)
+    recording.note(parts[0][:, None])
 
 
 def fresh_rows(like: Tensor, programs: int, layers: int) -> Tensor:

@@ -25,7 +25,7 @@ from ..record import Recording
 from ..spec import Gradients, Run, Wanted
 from .activations import activate, slope
 from .layer import rows
-from .layer_backward import product_over_rows
+from .layer_backward import library_product_over_rows
 from .philox import drop_rows
 from .record import factor, fresh_rows, record
 from .stack import (
@@ -335,7 +335,7 @@ def _descend_by_segments(
 
 def _products_over_rows(dz: Tensor, x: Tensor, kept: Tensor) -> Tensor:
     """dz_lᵀ h_l [L, d, d] in fp32, h_0 = x and the others kept: plain products, so the vendor's library does them."""
-    first, others = product_over_rows(dz[0], x), dz[1:].mT
+    first, others = library_product_over_rows(dz[0], x), dz[1:].mT
     if dz.dtype == torch.float32:
         products = others @ kept
     elif dz.is_cuda:

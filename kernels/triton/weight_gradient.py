@@ -126,7 +126,6 @@ def weight_gradient(
     dtype: torch.dtype,
     tile: SplitTile,
     precision: str,
-    by_descriptors: bool,
     multiprocessors: int,
 ) -> Tensor:
     """dw [N, K] of this dtype, dz and x with unit inner stride; descriptors want rows at multiples of 16 bytes."""
@@ -138,7 +137,7 @@ def weight_gradient(
     compiled = {"PRECISION": precision, **blocks, "num_warps": tile.warps, "num_stages": tile.stages}
 
     items = splits * triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(K, tile.BLOCK_K)
-    if by_descriptors:
+    if tile.by_descriptors:
         dz_rows = TensorDescriptor.from_tensor(dz, [tile.BLOCK_M, tile.BLOCK_N])
         x_rows = TensorDescriptor.from_tensor(x, [tile.BLOCK_M, tile.BLOCK_K])
         _descriptor_kernel[(min(items, multiprocessors),)](into, dz_rows, x_rows, M, N, K, splits, **compiled)

@@ -1,0 +1,62 @@
+"""Plans measured on a GPU, which `bench/tune.py` leaves in tiles/<gpu>.json with date and versions."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .kernels import config
+from .kernels.config import Plan
+
+FOLDER = Path(__file__).parent / "tiles"
+FORMS = {
+    form.__name__: form
+    for form in (
+        config.Tile,
+        config.PersistentTile,
+        config.StackTile,
+        config.SplitTile,
+        config.Elementwise,
+        config.Separate,
+        config.Inside,
+        config.Together,
+        config.Plan,
+    )
+}
+
+
+def plan(gpu: str, N: int, K: int, mode: str, is_skinny: bool) -> Plan | None:
+    """The plan measured on this GPU for a layer of this size, or None; mode is fp32, tf32, fp16 or bf16."""
+    return _plans(gpu).get((N, K, mode, is_skinny))
+
+
+def file(gpu: str) -> Path:
+    """tiles/nvidia-h100-80gb-hbm3.json for NVIDIA H100 80GB HBM3."""
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
+
+
+@lru_cache(maxsize=16)
+def _plans(gpu: str) -> dict[tuple[int, int, str, bool], Plan]:
+    path = file(gpu)
+    if not gpu or not path.is_file():
+        return {}
+    layers = json.loads(path.read_text())["layers"]
+    return {(row["N"], row["K"], row["mode"], row["is_skinny"]): decoded(row["plan"]) for row in layers}
+
+
+def encoded(form: Any) -> Any:
+    """A plan as JSON has it: every tuple as its fields and its name."""
+    if not isinstance(form, tuple):
+        return form
+    fields = form._asdict().items()  # type: ignore[attr-defined]
+    return {"form": type(form).__name__, **{name: encoded(value) for name, value in fields}}
+
+
+def decoded(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    fields = {name: decoded(inner) for name, inner in value.items() if name != "form"}
+    return FORMS[value["form"]](**fields)

@@ -1,0 +1,288 @@
+"""Which of Triton's kernels run a layer, with which tiles: as measured on this GPU, else by a stated heuristic.
+
+A choice depends on N, K, the dtype and a coarse class of M, at most SKINNY rows or more, so that within a class a row's
+bits do not depend on the batch around it, and no new batch size compiles anything. How operands lie in memory decides
+where the copy engine cannot take them. Nothing is tuned at a call: `python bench/tune.py` measures.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import measured
+from .dispatch import SKINNY, Triton, precision
+from .kernels.config import (
+    Elementwise,
+    Inside,
+    PersistentTile,
+    Plan,
+    Separate,
+    SplitTile,
+    StackTile,
+    Tile,
+    Together,
+)
+from .kernels.spec import LayerSpec, Operands
+
+TOGETHER_UP_TO = 128  # N and K, up to which all of backward is one kernel, and x all that is kept
+WHOLE_UP_TO = 256  # N and K, up to which w stays in a program's shared memory
+INSIDE_UP_TO = 1024  # K, up to which dz is made in the product for dx: each tile across makes it again
+LIBRARY_FROM = 128  # N and K of exact fp32, which has no matrix unit, from which the library multiplies
+
+
+class Facts(NamedTuple):
+    """All that a choice hangs on."""
+
+    N: int
+    K: int
+    dtype: torch.dtype
+    precision: str
+    skip: str
+    target: str
+    capability: int
+    gpu: str
+    is_skinny: bool
+    is_described: bool  # the copy engine takes every operand, all of one dtype
+    work: str  # of backward, per number: "plain", "busy", or "again" where it multiplies z once more
+
+    @property
+    def is_exact_fp32(self) -> bool:
+        return self.dtype == torch.float32 and self.precision == "ieee"
+
+    @property
+    def is_ragged(self) -> bool:
+        return self.N % 16 != 0 or self.K % 16 != 0
+
+    @property
+    def mode(self) -> str:
+        return mode(self.dtype, self.precision)
+
+    @property
+    def is_together(self) -> bool:
+        return _is_together(self.N, self.K, self.skip, self.target, self.gpu, self.mode)
+
+
+def layer_plan(
+    operands: Operands, spec: LayerSpec, choice: Triton, dtype: torch.dtype, g: Tensor | None = None
+) -> Plan:
+    """The plan of a layer x [..., K] -> [..., N] computing in dtype; for its backward with g = ∂L/∂y."""
+    N, K = operands.weight.shape
+    M = operands.x.shape[:-1].numel()
+    facts = Facts(
+        N,
+        K,
+        dtype,
+        precision(dtype),
+        spec.skip,
+        choice.target,
+        choice.capability,
+        choice.gpu,
+        is_skinny=M <= SKINNY and not spec.batch_invariant,
+        is_described=choice.capability >= 90 and _is_described(operands, g, dtype),
+        work=_work(operands, spec),
+    )
+    plan = plan_of(facts)
+    if plan.weight is None:
+        return plan
+    splits = min(plan.weight.splits, -(-M // (2 * plan.weight.BLOCK_M)))  # two steps to a share at least
+    return plan._replace(weight=plan.weight._replace(splits=splits))
+
+
+def _work(operands: Operands, spec: LayerSpec) -> str:
+    learns = operands.branch_scale is not None or operands.skip_scale is not None
+    if (spec.recompute and spec.activation != "none") or (spec.activates_sum and operands.branch_scale is not None):
+        return "again"
+    return "busy" if learns or spec.activates_sum or spec.drop_path > 0 else "plain"
+
+
+def keeps_input_alone(operands: Operands, spec: LayerSpec, choice: Triton) -> bool:
+    """Whether forward keeps nothing but x: by shapes and dtype alone, so that a traced call knows it too."""
+    N, K = operands.weight.shape
+    dtype = operands.x.dtype
+    return _is_together(N, K, spec.skip, choice.target, choice.gpu, mode(dtype, precision(dtype)))
+
+
+def mode(dtype: torch.dtype, precision: str) -> str:
+    """What a measured plan is for: fp32, which is exact, tf32, fp16 or bf16."""
+    if dtype == torch.float32:
+        return "tf32" if precision == "tf32" else "fp32"
+    return "fp16" if dtype == torch.float16 else "bf16"
+
+
+@lru_cache(maxsize=4096)
+def plan_of(facts: Facts) -> Plan:
+    """The measured plan, as far as these facts admit its forms; a heuristic one for the rest."""
+    plan = _heuristic(facts)
+    found = measured.plan(facts.gpu, facts.N, facts.K, facts.mode, facts.is_skinny)
+    forms = {} if found is None else found._asdict()
+    plan = plan._replace(**{name: form for name, form in forms.items() if _admits(facts, form)})
+    if isinstance(plan.backward, Inside) and facts.work == "busy":
+        return plan._replace(backward=INSIDE_BUSY)
+    return plan
+
+
+def _admits(facts: Facts, form: object) -> bool:
+    is_plain = facts.skip in ("none", "identity", "residual")
+    if isinstance(form, PersistentTile):
+        is_whole = form.BLOCK_N >= facts.N and form.BLOCK_K >= facts.K
+        return is_plain and facts.is_described and not (is_whole and facts.skip == "residual")
+    if isinstance(form, Elementwise):
+        return facts.skip != "concat"
+    if isinstance(form, Inside):
+        return is_plain and facts.is_described and facts.work != "again" and not facts.is_together
+    if isinstance(form, (Together, Separate)):
+        return isinstance(form, Together) == facts.is_together
+    return not isinstance(form, SplitTile) or facts.is_described or not form.by_descriptors
+
+
+def _is_together(N: int, K: int, skip: str, target: str, gpu: str, mode: str) -> bool:
+    if max(N, K) > TOGETHER_UP_TO or skip not in ("none", "identity", "residual") or target == "hip":
+        return False
+    found = measured.plan(gpu, N, K, mode, False)
+    return found is None or isinstance(found.backward, Together)
+
+
+def _is_described(operands: Operands, g: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether all are of one dtype and lie as the copy engine wants them, rows at multiples of 16 bytes."""
+    given = [t for t in (operands.x, operands.weight, operands.residual) if t is not None]
+    if any(t.dtype != dtype for t in given) or (g is not None and g.dtype != dtype):
+        return False
+    return all(_is_row(size * dtype.itemsize) for size in operands.weight.shape) and all(map(_lies_well, given))
+
+
+def _lies_well(t: Tensor) -> bool:
+    if t.dim() > 2 and not t.is_contiguous():  # as a matrix it may be a view or a copy
+        return False
+    return t.stride(-1) == 1 and (t.dim() < 2 or _is_row(t.stride(-2) * t.itemsize)) and t.data_ptr() % 16 == 0
+
+
+def _is_row(size: int) -> bool:
+    return size > 0 and size % 16 == 0
+
+
+# ---------------------------------------------------------------------------------------------- the heuristic
+
+
+def _heuristic(facts: Facts) -> Plan:
+    """Reasoned, not measured: the largest tiles that do not spill (`python bench/lens.py`), by the bytes they move."""
+    keeps = not facts.is_together
+    return Plan(_forward(facts, False), _forward(facts, keeps), _backward(facts), None)
+
+
+def _forward(facts: Facts, keeps: bool) -> Tile | PersistentTile | Elementwise:
+    if _takes_library(facts):
+        return ELEMENTWISE
+    if facts.is_skinny or facts.dtype == torch.float32 or facts.skip in ("projection", "concat"):
+        return _tile(facts, facts.N, facts.K, "product")
+    if not facts.is_described:
+        return _tile(facts, facts.N, facts.K, "product")
+    widest = max(facts.N, facts.K)
+    whole = WHOLE[_power_of_two(widest, 64, WHOLE_UP_TO)]
+    if widest <= whole.BLOCK_N and not (keeps and widest > TOGETHER_UP_TO) and _admits(facts, whole):
+        return whole
+    return TILED if facts.K <= INSIDE_UP_TO else TILED_DEEP
+
+
+def _backward(facts: Facts) -> Separate | Inside | Together:
+    if facts.is_together:
+        rows = TOGETHER[_kind(facts), max(padded(facts.N, facts.K))]
+        return Together(rows._replace(BLOCK_M=16) if facts.is_skinny else rows)
+    dz = _tile(facts, facts.N, facts.K, "dz")
+    if _takes_library(facts):
+        return Separate(dz, None)
+    if not facts.is_skinny and facts.dtype.itemsize == 2 and facts.K <= INSIDE_UP_TO and _admits(facts, INSIDE):
+        return INSIDE
+    if not facts.is_skinny and facts.dtype.itemsize == 2 and facts.is_described and facts.K > INSIDE_UP_TO:
+        return Separate(dz, None)
+    return Separate(dz, _tile(facts, facts.K, facts.N, "product"))
+
+
+def _takes_library(facts: Facts) -> bool:
+    """Exact fp32 has no matrix unit: there the library's products are the better ones, and a pass is little to them."""
+    is_large = min(facts.N, facts.K) >= LIBRARY_FROM and not facts.is_skinny
+    return facts.is_exact_fp32 and is_large and facts.skip != "concat" and facts.target != "hip"
+
+
+def _kind(facts: Facts) -> str:
+    return "half" if facts.dtype.itemsize == 2 else "exact" if facts.is_exact_fp32 else "tf32"
+
+
+ELEMENTWISE = Elementwise(32, 128, 4)
+# w in shared memory, by the width that N and K are padded to; a multiprocessor has as many programs as its memory takes
+WHOLE = {
+    64: PersistentTile(64, 64, 64, 4, 4, parts=1, residents=4),
+    128: PersistentTile(64, 128, 128, 4, 3, parts=2, residents=2),
+    256: PersistentTile(64, 256, 256, 8, 2, parts=1, residents=1),
+}
+# two programs to a multiprocessor: one finishes a tile while the other multiplies; deep ones have little to finish
+TILED = PersistentTile(128, 128, 64, 4, 3, parts=4, residents=2)
+TILED_DEEP = PersistentTile(128, 256, 64, 8, 3, parts=4)
+INSIDE = Inside(PersistentTile(128, 256, 32, 8, 4, parts=2))
+INSIDE_BUSY = Inside(PersistentTile(64, 256, 32, 8, 4, parts=2))  # for layers that do more to each number
+TOGETHER = {
+    ("half", 16): StackTile(128, 8, 2),
+    ("half", 32): StackTile(128, 8, 2),
+    ("half", 64): StackTile(128, 8, 2),
+    ("half", 128): StackTile(32, 8, 2),
+    ("tf32", 16): StackTile(64, 8, 2),
+    ("tf32", 32): StackTile(64, 8, 2),
+    ("tf32", 64): StackTile(32, 8, 2),
+    ("tf32", 128): StackTile(16, 8, 2),
+    ("exact", 16): StackTile(32, 4, 1),
+    ("exact", 32): StackTile(16, 8, 2),
+    ("exact", 64): StackTile(16, 8, 1),
+    ("exact", 128): StackTile(16, 8, 1),
+}
+
+
+class _Shape(NamedTuple):
+    """The largest tile by pointers, in 4-byte elements along the depth."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+
+
+# fp32 without tf32 has no matrix unit and holds its operands in registers too; sizes that are no multiple of 16 load
+# element by element, with an address each (128 x 128 x 64 would spill 512 bytes on sm_90).
+_SHAPES = {  # (is_exact_fp32, is_ragged, work)
+    (False, False, "product"): _Shape(128, 128, 32, 8),
+    (False, False, "two products"): _Shape(128, 64, 32, 8),
+    (False, False, "dz"): _Shape(128, 64, 32, 8),
+    (False, True, "product"): _Shape(64, 64, 32, 8),
+    (False, True, "two products"): _Shape(64, 32, 32, 8),
+    (False, True, "dz"): _Shape(64, 64, 32, 8),
+    (True, False, "product"): _Shape(64, 64, 16, 4),
+    (True, False, "two products"): _Shape(64, 32, 16, 8),
+    (True, False, "dz"): _Shape(64, 64, 16, 8),
+    (True, True, "product"): _Shape(64, 64, 16, 8),
+    (True, True, "two products"): _Shape(64, 32, 16, 8),
+    (True, True, "dz"): _Shape(64, 32, 16, 8),
+}
+_SKINNY = {False: _Shape(16, 64, 32, 4), True: _Shape(16, 64, 16, 4)}  # by is_exact_fp32
+
+
+def _tile(facts: Facts, columns: int, depth: int, work: str) -> Tile:
+    """By pointers, for an output of so many columns and products of this depth."""
+    if work == "product" and facts.skip == "projection":
+        work = "two products"
+    is_half = facts.dtype.itemsize == 2
+    shape = _SKINNY[facts.is_exact_fp32] if facts.is_skinny else _SHAPES[facts.is_exact_fp32, facts.is_ragged, work]
+    deepest = 2 * shape.depth if is_half and not facts.is_ragged else shape.depth
+    block_n = _power_of_two(columns, 16, shape.columns)
+    block_k = _power_of_two(depth, 32 if is_half else 16, deepest)
+    return Tile(shape.rows, block_n, block_k, shape.warps, 2 if facts.target == "hip" else 3)
+
+
+def padded(N: int, K: int) -> tuple[int, int]:
+    """The powers of two that a narrow layer's widths are padded to: products have no fewer than 16 columns."""
+    return _power_of_two(N, 16, TOGETHER_UP_TO), _power_of_two(K, 16, TOGETHER_UP_TO)
+
+
+def _power_of_two(size: int, smallest: int, largest: int) -> int:
+    return min(largest, max(smallest, 1 << (size - 1).bit_length()))

@@ -1,0 +1,207 @@
+"""Which kernels run a layer: known of shapes, dtypes and memory alone, so that a machine without a GPU can ask."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedres import measured, plans
+from fusedres.dispatch import Triton
+from fusedres.kernels.config import (
+    Elementwise,
+    Inside,
+    PersistentTile,
+    Plan,
+    Separate,
+    SplitTile,
+    StackTile,
+    Tile,
+    Together,
+)
+from fusedres.kernels.spec import LayerSpec, Operands
+
+H100 = Triton("", "cuda", 90, "NVIDIA H100 80GB HBM3")
+A100 = Triton("", "cuda", 80, "NVIDIA A100")
+HALF = torch.bfloat16
+
+
+def operands_of(M: int, N: int, K: int, dtype: torch.dtype = HALF, **others: torch.Tensor) -> Operands:
+    x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((M, K), (N, K)))
+    return Operands(x, weight, **others)
+
+
+def plan_for(
+    M: int, N: int, K: int, dtype: torch.dtype = HALF, choice: Triton = H100, operands: Operands | None = None, **spec
+) -> Plan:
+    return plans.layer_plan(operands or operands_of(M, N, K, dtype), LayerSpec(**spec), choice, dtype)
+
+
+@pytest.fixture(autouse=True)
+def _forgotten():
+    """What a test has measured, or set, is not there for the next."""
+    yield
+    measured._plans.cache_clear()
+    plans.plan_of.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------ never of M
+
+
+@pytest.mark.parametrize("choice", [H100, A100], ids=["sm_90", "sm_80"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("skip", ["identity", "projection"])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (64, 64), (67, 129), (512, 512), (4096, 1024)])
+def test_plans_know_two_classes_of_rows(N, K, skip, dtype, choice):
+    def of(rows, **options):
+        return {plan_for(M, N, K, dtype, choice, skip=skip, **options) for M in rows}
+
+    few, many = [1, 2, 7, 63, 64], [65, 100, 1000, 65536, 2**31]
+    assert len(of(few)) == len(of(many)) == 1
+    assert of(few) != of(many)
+    assert of(few + many, batch_invariant=True) == of(many), "one class for all"
+
+
+def test_plans_count_all_leading_dimensions():
+    x, weight = torch.empty(8, 16, 6, device="meta"), torch.empty(6, 6, device="meta")
+    found = plans.layer_plan(Operands(x, weight), LayerSpec(), H100, torch.float32)
+    assert found == plan_for(128, 6, 6, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------ which form
+
+
+def test_narrow_layers_go_backward_in_one_kernel():
+    for skip in ("none", "identity", "residual"):
+        assert isinstance(plan_for(4096, 128, 128, skip=skip).backward, Together)
+    assert isinstance(plan_for(4096, 128, 128, choice=A100).backward, Together)
+    for skip in ("projection", "concat"):
+        assert isinstance(plan_for(4096, 128, 128, skip=skip).backward, Separate)
+    assert isinstance(plan_for(4096, 129, 128).backward, Separate)
+
+
+def test_what_the_copy_engine_is_for():
+    for N, K in ((64, 64), (256, 256), (512, 264), (4096, 4096)):
+        plan = plan_for(4096, N, K)
+        assert isinstance(plan.forward, PersistentTile)
+        assert isinstance(plan.training, PersistentTile)
+        assert isinstance(plan_for(4096, N, K, choice=A100).forward, Tile), "older chips have none"
+        assert isinstance(plan_for(64, N, K).forward, Tile), "few rows"
+        assert isinstance(plan_for(4096, N + 1, K).forward, Tile), "rows that are no multiple of 16 bytes"
+        assert isinstance(plan_for(4096, N, K, skip="projection").forward, Tile)
+    assert isinstance(plan_for(4096, 512, 512).backward, Inside)
+    assert isinstance(plan_for(4096, 512, 512, recompute=True).backward, Separate), "z is multiplied again"
+
+
+def test_where_operands_lie_decides():
+    wide = torch.empty(4096, 1024, dtype=HALF)
+    weight = torch.empty(512, 512, dtype=HALF)
+
+    def form(x: torch.Tensor, weight: torch.Tensor = weight, **others: torch.Tensor) -> type:
+        return type(plan_for(0, 512, 512, operands=Operands(x, weight, **others), skip="residual").forward)
+
+    assert form(wide[:, :512]) is form(wide[:, 8:520]) is PersistentTile
+    assert form(wide[:, 1:513]) is Tile
+    assert form(wide[:, ::2]) is Tile
+    assert form(wide[:1, :512].expand(4096, -1)) is Tile
+    assert form(wide[:, :512], weight.t()) is Tile
+    assert form(wide[:, :512], residual=wide[:, 1:513]) is Tile
+    assert form(wide[:, :512], residual=wide[:, :512].float()) is Tile, "of another dtype, under autocast"
+    plan = plans.layer_plan(operands_of(4096, 512, 512), LayerSpec(), H100, HALF, torch.empty(4096, 512, device="meta"))
+    assert isinstance(plan.backward, Separate), "g of another dtype"
+
+
+def test_exact_fp32_multiplies_by_the_library_where_products_are_large():
+    plan = plan_for(4096, 512, 512, torch.float32)
+    assert isinstance(plan.forward, Elementwise)
+    assert plan.backward == Separate(plan.backward.dz, None)
+    assert isinstance(plan_for(4096, 512, 512, torch.float32, skip="concat").forward, Tile)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert isinstance(plan_for(4096, 512, 512, torch.float32).forward, Tile), "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_what_forward_keeps_is_known_without_memory():
+    for N, skip, alone in ((128, "identity", True), (129, "identity", False), (128, "concat", False)):
+        given = operands_of(4096, N, 128)
+        assert plans.keeps_input_alone(given, LayerSpec(skip=skip), H100) is alone
+        assert isinstance(plan_for(4096, N, 128, skip=skip).backward, Together) is alone
+
+
+# ------------------------------------------------------------------------------------------------ measured
+
+
+MEASURED = Plan(
+    PersistentTile(64, 128, 64, 4, 2, 2, 4, 3),
+    Tile(32, 32, 32, 4, 2),
+    Separate(Tile(16, 32, 32, 4, 2), None),
+    SplitTile(64, 64, 64, 4, 3, 8, True),
+)
+
+
+@pytest.fixture
+def on_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def write(plan: Plan, N: int, mode: str = "bf16") -> None:
+        row = {"N": N, "K": N, "mode": mode, "is_skinny": False, "plan": measured.encoded(plan)}
+        measured.file(H100.gpu).write_text(json.dumps({"gpu": H100.gpu, "layers": [row]}))
+        measured._plans.cache_clear()
+        plans.plan_of.cache_clear()
+
+    monkeypatch.setattr(measured, "FOLDER", tmp_path)
+    return write
+
+
+def test_measured_plans_come_first(on_file):
+    on_file(MEASURED, 512)
+    assert measured.file(H100.gpu).name == "nvidia-h100-80gb-hbm3.json"
+    assert plan_for(4096, 512, 512) == MEASURED
+    assert plan_for(4096, 512, 512, skip="residual") == MEASURED
+    assert plan_for(4096, 1024, 1024) != MEASURED, "of another size"
+    assert plan_for(4096, 512, 512, torch.float16) != MEASURED, "of another dtype"
+    assert plan_for(64, 512, 512) != MEASURED, "of another class of rows"
+    assert plan_for(4096, 512, 512, choice=A100) != MEASURED, "of another chip"
+    assert plan_for(300, 512, 512).weight.splits == 3, "as many shares as there are two steps for"
+
+
+def test_measured_forms_that_do_not_fit_are_not_taken(on_file):
+    on_file(MEASURED, 512)
+    plan = plan_for(4096, 512, 512, skip="projection")
+    assert isinstance(plan.forward, Tile), "descriptors take no projection"
+    transposed = Operands(torch.empty(4096, 512, dtype=HALF), torch.empty(512, 512, dtype=HALF).t())
+    plan = plan_for(0, 512, 512, operands=transposed)
+    assert isinstance(plan.forward, Tile)
+    assert plan.weight is None, "its descriptors"
+    on_file(MEASURED._replace(backward=Inside(PersistentTile(64, 64, 32, 4, 2))), 512)
+    assert isinstance(plan_for(4096, 512, 512).backward, Inside)
+    assert isinstance(plan_for(4096, 512, 512, recompute=True).backward, Separate)
+    busy = operands_of(4096, 512, 512, skip_scale=torch.ones((), device="meta"))
+    assert plan_for(0, 512, 512, operands=busy).backward == plans.INSIDE_BUSY, "the tile was measured on a plain layer"
+
+
+def test_a_narrow_layer_measured_faster_in_pieces_keeps_what_these_read(on_file):
+    given = operands_of(4096, 128, 128)
+    on_file(MEASURED, 128)
+    assert plan_for(4096, 128, 128) == MEASURED
+    assert not plans.keeps_input_alone(given, LayerSpec(), H100)
+    assert isinstance(plan_for(32, 128, 128).backward, Separate), "few rows too: forward has kept φ' for it"
+    on_file(MEASURED._replace(backward=Together(StackTile(64, 8, 2))), 128)
+    assert plan_for(4096, 128, 128).backward == Together(StackTile(64, 8, 2))
+    assert plans.keeps_input_alone(given, LayerSpec(), H100)
+
+
+def test_plans_go_to_json_and_back():
+    for plan in (MEASURED, plan_for(4096, 64, 64), plan_for(4096, 512, 512), plan_for(4096, 512, 512, torch.float32)):
+        assert measured.decoded(json.loads(json.dumps(measured.encoded(plan)))) == plan
+
+
+def test_tiles_that_are_committed_can_be_read():
+    for path in measured.FOLDER.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert path == measured.file(record["gpu"])
+        assert {"torch", "triton", "ptxas", "date", "commit"} <= record.keys()
+        assert measured._plans(record["gpu"])
