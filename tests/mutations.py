@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 CPU = "test_cpu.py test_exact.py -k cpu"
 STACK = "test_stack_kernels.py"
+NARROW = "kernels/triton/layer_narrow.py"
 SUM = "test_residual.py -k not compiled and not opcheck"
 
 
@@ -545,6 +546,65 @@ MUTATIONS |= {
         "self._kept[::2]",
         "self._kept[1::2]",
         "test_recorder.py -k spread",
+    ),
+    "narrow: bias subtracted": Mutation(
+        NARROW, "                z += b\n", "                z -= b\n", "test_narrow.py -k every_activation"
+    ),
+    "narrow: slope at z": Mutation(
+        NARROW, "g *= slope(v, ACTIVATION)", "g *= slope(z, ACTIVATION)", "test_narrow.py -k every_scale"
+    ),
+    "narrow: λ missing in dx": Mutation(
+        NARROW, "skip = lam * g if IS_IDENTITY", "skip = g if IS_IDENTITY", "test_narrow.py -k every_scale"
+    ),
+    "narrow: λ missing in ds": Mutation(
+        NARROW, "in_m, in_n, lam * g)", "in_m, in_n, g)", "test_narrow.py -k every_scale"
+    ),
+    "narrow: dλ sums the branch": Mutation(NARROW, "tl.sum(g * s,", "tl.sum(g * g,", "test_narrow.py -k every_scale"),
+    "narrow: da of the last tile alone": Mutation(NARROW, "da += tl.sum", "da = tl.sum", "test_narrow.py -k programs"),
+    "narrow: last row lost": Mutation(
+        NARROW, "in_m = i < M - first\n", "in_m = i < M - first - 1\n", "test_narrow.py -k edges"
+    ),
+    "narrow: last feature lost": Mutation(
+        NARROW, "in_n, in_k = n < N, k < K", "in_n, in_k = n < N, k < K - 1", "test_narrow.py -k every_width"
+    ),
+    "narrow: a program lost": Mutation(NARROW, "partial.sum(0)", "partial[:1].sum(0)", "test_narrow.py -k programs"),
+    "narrow: programs added in any order": Mutation(
+        NARROW, "partial.sum(0)", "partial[torch.randperm(len(partial))].sum(0)", "test_narrow.py -k two_runs"
+    ),
+    "narrow: other rows dropped": Mutation(
+        NARROW, "keeps_row(first + i,", "keeps_row(i,", "test_narrow.py -k stochastic"
+    ),
+    "narrow: z of dropped rows kept": Mutation(
+        NARROW, "z = tl.where(keeps, z, 0.0)", "z = z + 0.0", "test_narrow.py -k spoils"
+    ),
+    "narrow: NaN in z's padding": Mutation(NARROW, "if N < BLOCK_N:", "if False:", "test_narrow.py -k no_number"),
+    "narrow: transposed incoming gradient ignored": Mutation(
+        NARROW, "g, x = rows(g), rows(operands.x)", "g, x = g, rows(operands.x)", "test_narrow.py -k incoming"
+    ),
+    "narrow: strided vectors ignored": Mutation(
+        NARROW, "b, a = vector(b), vector(a)", "pass", "test_narrow.py -k of_operands"
+    ),
+    "narrow: dw in fp16": Mutation(
+        NARROW,
+        "tl.trans(dz_operand), dw, input_precision=PRECISION)",
+        "tl.trans(dz_operand), dw, input_precision=PRECISION).to(tl.float16).to(tl.float32)",
+        "test_narrow.py -k many_tiles",
+    ),
+    "narrow: 32-bit row offsets": Mutation(
+        NARROW, "tl.arange(0, BLOCK_M).to(tl.int64)", "tl.arange(0, BLOCK_M)", "test_narrow.py -k 32_bits"
+    ),
+    "narrow: ds of x's type": Mutation(
+        NARROW, "ds = residual.new_empty(M, N)", "ds = x.new_empty(M, N)", "test_narrow.py -k wider"
+    ),
+    "narrow: ds in g's memory": Mutation(NARROW, "ds = residual.new_empty(M, N)", "ds = g", "test_narrow.py -k share"),
+    "narrow: z only for da": Mutation(
+        NARROW, 'NEEDS_Z=spec.activation != "none" or wanted', "NEEDS_Z=wanted", "test_narrow.py -k subset"
+    ),
+    "narrow: one half recorded twice": Mutation(
+        NARROW, "unscale_ptr, dx, skip,", "unscale_ptr, dx, dx,", "test_narrow.py -k recorded"
+    ),
+    "narrow: widest rows cut": Mutation(
+        NARROW, "BLOCK_K=padded(K)", "BLOCK_K=min(64, padded(K))", "test_narrow.py -k widest"
     ),
 }
 
