@@ -14,15 +14,18 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-import cpu_cases
+import answers
+import cases
 import first_call
 import opponents
+import patience
 import pytest
 import torch
+from cases import BASE, PASSES, ROWS, Row
 from contest import Contest
-from cpu_cases import BASE, PASSES, ROWS, Row
-from cpu_table import contest_table, sweep_picture
-from sweep import is_slower
+from pictures import sweep_picture
+from report import contest_table
+from sweep import is_slower, sweep
 from timing import Quartiles, Results, in_turns
 
 from fusedres import native
@@ -50,8 +53,8 @@ def benchmarks(*arguments: object) -> str:
 
 def test_without_the_flag_answers_are_checked():
     said = benchmarks("-k", "cpu and (a1-F or c1024-learned)")
-    assert "4 passed" in said
-    assert "networks on the CPU" not in said
+    assert "5 passed" in said
+    assert "bars met" not in said
 
 
 def test_with_the_flag_rows_are_timed_and_kept(tmp_path):
@@ -125,7 +128,7 @@ def test_a_single_number_may_be_a_rounding_off(roundings, is_wrong):
     own = {"y": torch.ones(20), "weight 0": torch.ones(1, 1)}
     answer = own | {"weight 0": torch.ones(1, 1) + roundings * torch.finfo(torch.float32).eps}
     exact = {name: tensor.double() for name, tensor in own.items()}
-    assert bool(opponents.wrong(opponents.errors(answer, own, exact, depth=1))) == is_wrong
+    assert bool(answers.wrong(answers.errors(answer, own, exact, depth=1))) == is_wrong
 
 
 @pytest.mark.parametrize("kind", PASSES)
@@ -163,18 +166,18 @@ def test_floors_are_those_stated():
             computed = row.computed_floor_ms(kind)
             assert computed == pytest.approx(stated, rel=0.01 if (row.name, kind) in close else 0.25)
             assert row.floor_ms(kind) == stated
-    assert cpu_cases.named("d-bf16").floor_ms("F") is None
+    assert cases.named("d-bf16").floor_ms("F") is None
 
 
 def test_rows_are_the_networks_meant():
-    a, c = cpu_cases.named("a1-learned"), cpu_cases.named("c1024")
+    a, c = cases.named("a1-learned"), cases.named("c1024")
     assert (a.depth, a.skips, a.learns) == (13, [True] * 12 + [False], True)
     assert [list(run) for run in c.runs()] == [list(range(16)), [16]]
-    assert not cpu_cases.named("b1").can_stack
+    assert not cases.named("b1").can_stack
     assert not any(row.name.startswith("b") for row in ROWS if row.learns)
-    assert len(list(cpu_cases.sweep())) == 5 * 10 * 3
+    assert len(list(sweep())) == 5 * 10 * 3
     with pytest.raises(ValueError, match=r"a row must be one of a1, .*, got a2"):
-        cpu_cases.named("a2")
+        cases.named("a2")
 
 
 def test_turns_fill_their_time_and_quartiles_tell_slower_from_noise():
@@ -229,7 +232,7 @@ def test_compilers_that_nobody_waits_for_are_ended(tmp_path):
     running = subprocess.Popen([compiler, "60"])
     other = subprocess.Popen(["sleep", "60"])
     try:
-        opponents.abandon_compilation()
+        patience.abandon_compilation()
         assert running.wait(5) == -signal.SIGKILL
         assert other.poll() is None
     finally:
@@ -244,5 +247,5 @@ def test_a_compilation_that_takes_too_long_is_given_up():
             with contextlib.suppress(Exception):  # as compilers do
                 sum(range(1000))
 
-    with pytest.raises(opponents.TooLong), opponents.time_limit(0.05):
+    with pytest.raises(patience.TooLong), patience.time_limit(0.05):
         work()
