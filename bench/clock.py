@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -128,5 +129,6 @@ class Cuda(Events):
         return graph.replay
 
 
+@cache
 def clock_of(device: str) -> Host:
     return Cuda() if device == "cuda" else Host()

@@ -35,8 +35,6 @@ class Contest:
         self.row, self.kind, self.device = row, kind, device
         self.module, self.x, self.target = opponents.draw(row, device)
         self.contenders: dict[str, Contender] = {"eager": opponents.of_module(self.module)}
-        if device == "cuda" and kind == "F" and row.activation in EPILOGUES and row.rule != "post":
-            self.contenders["cublaslt"] = opponents.cublaslt(self.module)
         self.contenders["fused"] = opponents.fused(self.module, row)
         if row.family == "layer" and kind != "F":
             self.contenders["recomputed"] = opponents.fused(self.module, row, recompute=True)
@@ -96,7 +94,7 @@ class Contest:
         errors = self.check_ours()
         failures: dict[str, str] = {}  # who is not timed, and why
         remarks: dict[str, str] = {}  # who is timed though its answer is wrong
-        self._compile(pace, errors, failures, remarks)
+        self._let_others_in(pace, errors, failures, remarks)
         del self.exact, self.own
 
         with self.mode():
@@ -117,10 +115,10 @@ class Contest:
             "remarks": remarks,
         }
 
-    def _compile(
+    def _let_others_in(
         self, pace: Pace, errors: dict[str, dict[str, float]], failures: dict[str, str], remarks: dict[str, str]
     ) -> None:
-        """Lets those in who are compiled, or says why not."""
+        """Those who are compiled, and cuBLASLt where its epilogue is the row's φ; or says why not."""
         torch._dynamo.reset()  # so that no row inherits another's graph; Inductor's cache on disk stays in use
         for way in COMPILED[self.device]:
             if why := pace.why_not_compiled(way, self.row.depth):
@@ -128,21 +126,32 @@ class Contest:
                 continue
             try:
                 with time_limit(pace.first_call_s[way]):
-                    contender = opponents.compiled(self.module, way)
-                    found = self.errors(way, contender)
+                    self._let_in(way, opponents.compiled(self.module, way), errors, failures, remarks)
             except TooLong:
                 failures[way] = f"not compiled in {pace.first_call_s[way]:g} s"
-                pace.compiled(way, self.row.depth, pace.first_call_s[way])
                 abandon_compilation()
-                continue
-            except Exception as error:
-                failures[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                continue
-            pace.compiled(way, self.row.depth, self.first_call_s[way])
-            errors[way] = answers.worst(found)
-            self.contenders[way] = contender
-            if wrong := answers.wrong(found):
-                remarks[way] = f"wrong, and timed all the same: {wrong[0]}"
+            pace.compiled(way, self.row.depth, self.first_call_s.get(way, pace.first_call_s[way]))
+        if self.device == "cuda" and self.kind == "F" and self.row.activation in EPILOGUES and self.row.rule != "post":
+            self._let_in("cublaslt", opponents.cublaslt(self.module), errors, failures, remarks)
+
+    def _let_in(
+        self,
+        way: str,
+        contender: Contender,
+        errors: dict[str, dict[str, float]],
+        failures: dict[str, str],
+        remarks: dict[str, str],
+    ) -> None:
+        """One who is timed if it runs at all; a wrong answer is remarked upon."""
+        try:
+            found = self.errors(way, contender)
+        except Exception as error:
+            failures[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return
+        errors[way] = answers.worst(found)
+        self.contenders[way] = contender
+        if wrong := answers.wrong(found):
+            remarks[way] = f"wrong, and timed all the same: {wrong[0]}"
 
     def _times(self, clock: Host, budget_s: float, failures: dict[str, str]) -> tuple[Times, dict[str, int]]:
         """Everybody's times by view, of captured calls too where the row is small; and what each adds to memory."""

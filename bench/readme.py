@@ -149,26 +149,32 @@ def stacked() -> Line:
 
 
 def families() -> list[Line]:
-    """From the least to the largest ratio to the better compilation, of families that were measured."""
+    """Of families that were measured on a device."""
     lines = []
     for file, device in CONTESTS.items():
         rows = list(_results(file)["rows"].values()) if (RESULTS / file).exists() else []
         for family, words in FAMILIES.items():
-            found = [row for row in rows if row.get("family") == family and row["fused"]["over_best_compile"]]
-            if not found:
-                continue
-            passes = {"F": "forward", "FB": "forward + backward", "S": "a full step"}
-            ratios = {
-                kind: [row["fused"]["over_best_compile"] for row in found if row["pass"] == kind] for kind in passes
-            }
-            figures = [f"{passes[kind]} {between(of)}" for kind, of in ratios.items() if of]
-            widths, Ms = ({row[size] for row in found} for size in ("width", "M"))
-            what = (
-                f"{words}, width {min(widths)} to {max(widths)}, {spaced(min(Ms))} to {spaced(max(Ms))} rows, {device}"
-            )
-            command = f'pytest bench/ --benchmark -k "{device} and {family}"'
-            lines.append((what, f"{', '.join(figures)} times as fast as the better of both modes", _by(command, file)))
+            if found := [row for row in rows if row.get("family") == family and row["best_compile"]]:
+                by = _by(f'pytest bench/ --benchmark -k "{device} and {family}"', file)
+                lines.append((f"{words}, {_range_of(found)}, {device}", _ratios_of(found), by))
     return lines
+
+
+def _range_of(rows: list[dict[str, Any]]) -> str:
+    (narrow, wide), (few, many) = (
+        (min(of), max(of)) for of in ([row[size] for row in rows] for size in ("width", "M"))
+    )
+    width = f"{narrow} to {wide}" if narrow < wide else str(wide)
+    return f"width {width}, {spaced(few) + ' to ' if few < many else ''}{spaced(many)} rows"
+
+
+def _ratios_of(rows: list[dict[str, Any]]) -> str:
+    """From the least to the largest ratio to the better compilation: the stack's where it is one, else the layers'."""
+    figures = []
+    for kind, words in (("F", "forward"), ("FB", "forward + backward"), ("S", "a full step")):
+        of = [row.get("stacked", row["fused"])["over_best_compile"] for row in rows if row["pass"] == kind]
+        figures += [f"{words} {between(of)}"] if of else []
+    return f"{', '.join(figures)} times as fast as the better of both modes"
 
 
 def laplacian() -> Line:
