@@ -52,8 +52,12 @@ def benchmarks(*arguments: object) -> str:
 
 
 def test_without_the_flag_answers_are_checked():
-    said = benchmarks("-k", "cpu and (a1-F or c1024-learned)")
-    assert "5 passed" in said
+    said = benchmarks("-k", "cpu and (a1-F or c1024-learned) or cuda and a1-F")
+    if torch.cuda.is_available():
+        assert "7 passed" in said
+    else:
+        assert "5 passed, 2 skipped" in said
+        assert "no CUDA device" in said
     assert "bars met" not in said
 
 
@@ -74,6 +78,22 @@ def test_with_the_flag_rows_are_timed_and_kept(tmp_path):
 
     assert "2 skipped" in benchmarks(*arguments, "--benchmark-results", file)
     assert "2 passed" in benchmarks(*arguments, "--benchmark-results", file, "--benchmark-again")
+
+
+def test_what_the_total_leaves_no_time_for_is_measured_by_the_next_run(tmp_path):
+    file = tmp_path / "cpu.json"
+    few = ("--benchmark", "-k", "cpu and a1-F", "--benchmark-budget", 0, "--benchmark-compile-limit", 0)
+    said = benchmarks(*few, "--benchmark-results", file, "--benchmark-total", 0)
+    assert "2 skipped" in said
+    assert "the total of 0 s is used up" in said
+    assert json.loads(file.read_text())["left_out"] == ["a1-F", "a1-FB"]
+
+    said = benchmarks(*few, "--benchmark-results", file)
+    assert "[1 of 2, about" in said
+    record = json.loads(file.read_text())
+    assert (record["left_out"], list(record["rows"])) == ([], ["a1-F", "a1-FB"])
+    assert record["peaks"]["cpu"]["float32"].keys() == {"bytes_per_s", "flops_per_s"}
+    assert all(rates["share_of_roofline"] > 0 for rates in record["rows"]["a1-F"]["rates"].values())
 
 
 def test_rows_of_other_sources_are_not_kept(tmp_path):
