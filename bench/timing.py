@@ -248,7 +248,7 @@ class Results:
         if before.get("kind") != kind:
             raise ValueError(f"{path} must hold results of kind {kind}, got {before.get('kind')}")
         if all(before.get(fact) == self.record.get(fact) for fact in self.SAME):
-            self.record |= {name: before[name] for name in ("rows", "peaks") if name in before}
+            self.record |= {name: before[name] for name in ("rows", "peaks", "left_out") if name in before}
 
     @property
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -266,8 +266,9 @@ class Results:
 
     def leave_out(self, name: str) -> None:
         """Say of a row that there was no time for it."""
-        self.record["left_out"].append(name)
-        self.write()
+        if name not in self.record["left_out"]:
+            self.record["left_out"].append(name)
+            self.write()
 
     def write(self) -> None:
         if self.path is not None:
