@@ -64,9 +64,9 @@ else
     else
         stage sanitizer 5 sanitizer.log sh -c "echo compute-sanitizer is not installed; exit 127"
     fi
-    TAIL=60 stage layer 130 run.log "${BENCH[@]}" --benchmark-results "$OUT/layer.json" --benchmark-total 105 \
+    TAIL=60 stage layer 125 run.log "${BENCH[@]}" --benchmark-results "$OUT/layer.json" --benchmark-total 100 \
         --benchmark-budget 1.5 --benchmark-compile-limit 30 -k "cuda and layer"
-    TAIL=60 stage stack 110 run.log "${BENCH[@]}" --benchmark-results "$OUT/stack.json" --benchmark-total 85 \
+    TAIL=60 stage stack 105 run.log "${BENCH[@]}" --benchmark-results "$OUT/stack.json" --benchmark-total 80 \
         --benchmark-budget 1.5 --benchmark-compile-limit 30 -k "cuda and stack"
     TAIL=24 stage overhead 25 run.log "$PYTHON" bench/overhead.py --runs 100 --json "$OUT/overhead.json"
     stage recording 20 run.log "$PYTHON" bench/recording.py --device cuda --budget-s 3 --json "$OUT/recording.json"
