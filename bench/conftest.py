@@ -1,21 +1,32 @@
-"""pytest bench/ --benchmark -k cpu: CPU.md's networks against eager PyTorch and torch.compile, timed in one process.
+"""pytest bench/ --benchmark: the rows of cases.py against eager PyTorch and torch.compile, timed in one process.
 
-Without --benchmark the same files run as quick checks of the answers, on few rows. Options of pytest-benchmark go on
-working: it times the fused network alone, after the contest, and keeps the contest's figures as extra_info.
+    pytest bench/ --benchmark -k "cpu and layer" --benchmark-results FILE.json      again, to go on where it stopped
+    python bench/report.py FILE.json --pictures FOLDER
+
+-k selects by words: cpu, cuda; layer, stack, mlp; a row's name. Without --benchmark the same files run as quick checks
+of the answers, on few rows and narrow. Options of pytest-benchmark go on working: it times the fused network alone,
+after the contest, and keeps the contest's figures as extra_info.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from contest import Limits
-from cpu_table import contest_line, contest_table
+import torch
+from pace import Pace
+from report import contest_line, contest_table
 from timing import Results
 
 _results = pytest.StashKey[Results]()
+_pace = pytest.StashKey[Pace]()
+_todo = pytest.StashKey[list[str]]()  # the keys of rows to measure, in their order
+
+
+NO_RUN = SimpleNamespace(params={})
 
 
 class _WithoutPlugin:
@@ -27,7 +38,7 @@ class _WithoutPlugin:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("contest", "networks on the CPU, timed")
+    group = parser.getgroup("contest", "networks, layers and stacks, timed")
     group.addoption("--benchmark", dest="contest", action="store_true", help="time, not only check")
     group.addoption(
         "--benchmark-results", dest="contest_results", type=Path, metavar="FILE", help="keep rows in a JSON file"
@@ -37,6 +48,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--benchmark-budget", dest="contest_budget", type=float, default=20.0, metavar="SECONDS", help="of rounds a row"
+    )
+    group.addoption(
+        "--benchmark-total",
+        dest="contest_total",
+        type=float,
+        metavar="SECONDS",
+        help="of the whole run: no row begins later, and compilations that would take long are left out before",
     )
     group.addoption(
         "--benchmark-compile-limit",
@@ -72,13 +90,29 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(str(wrong)) from wrong
 
 
-@pytest.fixture
-def limits(request: pytest.FixtureRequest) -> Limits:
-    option = request.config.option
+def pytest_collection_finish(session: pytest.Session) -> None:
+    results = session.config.stash.get(_results, None)
+    if results is None:
+        return
+    runs = [item.callspec.params["run"] for item in session.items if "run" in getattr(item, "callspec", NO_RUN).params]
+    session.config.stash[_todo] = [
+        run.key for run in runs if not results.is_done(run.key) and (run.device == "cpu" or torch.cuda.is_available())
+    ]
+    session.config.stash[_pace] = _new_pace(session.config)  # the time runs from here
+
+
+def _new_pace(config: pytest.Config) -> Pace:
+    option = config.option
     compile_s, autotune_s = option.contest_compile_limit, option.contest_autotune_limit
     if autotune_s is None:
         autotune_s = compile_s
-    return Limits(option.contest_budget, {"compile": compile_s, "compile-autotuned": autotune_s})
+    limits_s = {"compile": compile_s, "compile-autotuned": autotune_s}
+    return Pace(option.contest_budget, limits_s, option.contest_total)
+
+
+@pytest.fixture
+def pace(request: pytest.FixtureRequest) -> Pace:
+    return request.config.stash.get(_pace, None) or _new_pace(request.config)
 
 
 @pytest.fixture
@@ -88,15 +122,18 @@ def results(request: pytest.FixtureRequest) -> Results | None:
 
 
 @pytest.fixture
-def say(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
-    """Prints a row at once, past pytest's capturing."""
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+def say(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], None]:
+    """Prints a row at once, past pytest's capturing, with its place among those to measure."""
+    config = request.config
+    capture = config.pluginmanager.getplugin("capturemanager")
+    reporter = config.pluginmanager.getplugin("terminalreporter")
 
-    def print_line(row: dict[str, Any]) -> None:
+    def print_line(key: str, row: dict[str, Any]) -> None:
+        todo = config.stash[_todo]
+        place = f"[{config.stash[_pace].outlook(todo.index(key) + 1, len(todo))}] " if key in todo else "[kept] "
         with capture.global_and_fixture_disabled():
             reporter.ensure_newline()
-            reporter.write_line(contest_line(row))
+            reporter.write_line(place + contest_line(row))
 
     return print_line
 
@@ -104,5 +141,5 @@ def say(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     results = config.stash.get(_results, None)
     if results is not None and results.rows:
-        terminalreporter.section("networks on the CPU")
+        terminalreporter.section("times")
         terminalreporter.write_line(contest_table(results.record))

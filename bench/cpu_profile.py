@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cpu_cases
+import cases
 import opponents
 import torch
 import torch.nn.functional as F
-from cpu_cases import Row
+from cases import Row
 from opponents import Contender
 from timing import host, in_turns
 from torch import Tensor
@@ -126,14 +126,14 @@ def report(found: dict[str, Any]) -> None:
 def missed(path: Path) -> list[tuple[Row, str]]:
     """(row, pass) of those in a contest's results that miss their bar."""
     found = json.loads(path.read_text())["rows"].values()
-    return [(cpu_cases.named(row["row"]), row["pass"]) for row in found if row["is_met"] is False]
+    return [(cases.named(row["row"]), row["pass"]) for row in found if row["is_met"] is False]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("row", choices=[row.name for row in cpu_cases.ROWS], metavar="ROW", nargs="?")
+    parser.add_argument("row", choices=[row.name for row in cases.ROWS], metavar="ROW", nargs="?")
     parser.add_argument("--missed", type=Path, metavar="FILE", help="in the place of ROW and --pass")
-    parser.add_argument("--pass", dest="kind", choices=cpu_cases.PASSES, default="FB")
+    parser.add_argument("--pass", dest="kind", choices=("F", "FB"), default="FB")
     parser.add_argument("--way", choices=("eager", "fused", "stacked"), default="fused")
     parser.add_argument("--rows", type=int, metavar="M", help="of x, in the place of the row's own")
     parser.add_argument("--budget", type=float, default=10.0, metavar="SECONDS")
@@ -142,7 +142,7 @@ def main() -> None:
     if (options.row is None) == (options.missed is None):
         parser.error("either ROW or --missed FILE expected")
 
-    wanted = missed(options.missed) if options.missed else [(cpu_cases.named(options.row), options.kind)]
+    wanted = missed(options.missed) if options.missed else [(cases.named(options.row), options.kind)]
     profiles = {}
     for row, kind in wanted:
         if options.rows:

@@ -38,14 +38,17 @@ summary() {
 
 XDIST=()
 if "$PYTHON" -c "import xdist" 2>/dev/null; then XDIST=(-n 14); fi
+BENCH=("$PYTHON" -m pytest bench/ --benchmark -q -p no:cacheprovider -p no:benchmark)
 TEST=("$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider --continue-on-collection-errors)
 
 if [ "${FUSEDRES_DRY:-0}" = 1 ]; then
     stage versions 60 versions.txt "$PYTHON" bench/timing.py
     stage tests 120 tests.log "${TEST[@]}" tests/test_exact.py -k "ships or bare"
     stage exact 120 run.log "$PYTHON" bench/exact.py --quick --seeds 1 --jobs 1 --mode fp32 --out "$OUT/exact.json"
-    stage layer 120 run.log "$PYTHON" bench/layer.py --device cpu --rows 64 --widths 16 --out "$OUT/layer.json"
-    stage stack 120 run.log "$PYTHON" bench/stack.py --device cpu --rows 64 --widths 16 --depths 4 --out "$OUT/stack.json"
+    stage layer 120 run.log "${BENCH[@]}" --benchmark-results "$OUT/layer.json" --benchmark-total 60 \
+        --benchmark-budget 0 --benchmark-compile-limit 0 -k "cpu and layer-d64-m4096"
+    stage stack 120 run.log "${BENCH[@]}" --benchmark-results "$OUT/stack.json" --benchmark-total 60 \
+        --benchmark-budget 0 --benchmark-compile-limit 0 -k "cpu and stack-64x4-m16384"
     stage overhead 120 run.log "$PYTHON" bench/overhead.py --device cpu --runs 5 --json "$OUT/overhead.json"
     stage recording 60 run.log "$PYTHON" bench/recording.py --rows 16 --budget-s 1 --json "$OUT/recording.json"
 else
@@ -61,8 +64,10 @@ else
     else
         stage sanitizer 5 sanitizer.log sh -c "echo compute-sanitizer is not installed; exit 127"
     fi
-    TAIL=60 stage stack 150 run.log "$PYTHON" bench/stack.py --budget-s 125 --out "$OUT/stack.json"
-    TAIL=24 stage layer 80 run.log "$PYTHON" bench/layer.py --budget-s 60 --out "$OUT/layer.json"
+    TAIL=60 stage layer 125 run.log "${BENCH[@]}" --benchmark-results "$OUT/layer.json" --benchmark-total 100 \
+        --benchmark-budget 1.5 --benchmark-compile-limit 30 -k "cuda and layer"
+    TAIL=60 stage stack 105 run.log "${BENCH[@]}" --benchmark-results "$OUT/stack.json" --benchmark-total 80 \
+        --benchmark-budget 1.5 --benchmark-compile-limit 30 -k "cuda and stack"
     TAIL=24 stage overhead 25 run.log "$PYTHON" bench/overhead.py --runs 100 --json "$OUT/overhead.json"
     stage recording 20 run.log "$PYTHON" bench/recording.py --device cuda --budget-s 3 --json "$OUT/recording.json"
 fi

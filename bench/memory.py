@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cpu_cases
+import cases
 import opponents
 from timing import host
 
@@ -25,7 +25,7 @@ RECOMPUTE = {"recompute": True, "keep": False, "auto": "auto"}
 STATUS = Path("/proc/self/status")
 
 
-def peak_growth(way: str, row: cpu_cases.Row) -> dict[str, int | bool]:
+def peak_growth(way: str, row: cases.Row) -> dict[str, int | bool]:
     """Bytes that a step of this way adds at its highest, measured in this process, which is to do nothing else."""
     module, x, target = opponents.draw(row)
     if way == "eager":
@@ -67,13 +67,13 @@ def in_own_process(way: str, name: str, rows: int | None) -> dict[str, int | boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", nargs="+", default=["c65536"], metavar="ROW", help="of cpu_cases.py")
+    parser.add_argument("--row", nargs="+", default=["c65536"], metavar="ROW", help="of cases.py")
     parser.add_argument("--rows", type=int, metavar="M", help="of x, in the place of the row's own")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--way", choices=WAYS, help="measure one in this process, and print it as JSON")
     options = parser.parse_args()
 
-    rows = [cpu_cases.named(name).shrunk(options.rows or sys.maxsize) for name in options.row]
+    rows = [cases.named(name).shrunk(options.rows or sys.maxsize) for name in options.row]
     if options.way:
         print(json.dumps(peak_growth(options.way, rows[0])))
         return

@@ -18,26 +18,40 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import answers
 import opponents
 import torch
-from cpu_cases import PASSES, SWEEP_DEPTHS, SWEEP_ROWS, SWEEP_WIDTHS, Row, sweep
-from cpu_table import sweep_picture, sweep_table
+from cases import Row
+from report import sweep_table
 from timing import Quartiles, Results, in_turns
 
+SWEEP_ROWS = (1, 7, 64, 1000, 20000)
+SWEEP_WIDTHS = (1, 3, 16, 33, 64, 100, 128, 257, 512, 1024)
+SWEEP_DEPTHS = (1, 4, 32)
+KINDS = ("F", "FB")
 NOISE = 1.03
 SHARE = 1 / 450  # of the budget that the rounds of one shape and pass take: 300 of them, and room for the heaviest
 LEAST_ROUNDS = 3
 CHECKED_FLOPS = 2e11  # a network whose answer in float64 takes more is not checked here, but in the tests
 
 
+def sweep(
+    rows: tuple[int, ...] = SWEEP_ROWS, widths: tuple[int, ...] = SWEEP_WIDTHS, depths: tuple[int, ...] = SWEEP_DEPTHS
+) -> Iterator[Row]:
+    """Networks of `depth` layers [width, width], each with its skip; the lightest first."""
+    shapes = sorted((M * w * (w + 64) * depth, M, w, depth) for M in rows for w in widths for depth in depths)
+    for _, M, width, depth in shapes:
+        yield Row(f"{M}x{width}x{depth}", (width,) * (depth + 1), M)
+
+
 def measured(row: Row, kind: str, rounds_s: float) -> dict[str, Any]:
     """Both medians, whether ours is slower beyond noise, and what the dispatcher chose."""
     module, x, target = opponents.draw(row)
     contenders = {"eager": opponents.of_module(module), "fused": opponents.fused(module, row)}
-    if flops(row) < CHECKED_FLOPS:
+    if row.work("F").flops < CHECKED_FLOPS:
         own, ours = (contender.answer(kind, x, target) for contender in contenders.values())
         exact = opponents.truth(module, row, kind, x, target)
-        if wrong := opponents.wrong(opponents.errors(ours, own, exact, row.depth)):
+        if wrong := answers.wrong(answers.errors(ours, own, exact, row.depth)):
             raise AssertionError(f"{row} {kind}: " + "\n".join(wrong[:10]))
         del own, ours, exact
     calls = {way: contender.call(kind, x, target) for way, contender in contenders.items()}
@@ -57,10 +71,6 @@ def measured(row: Row, kind: str, rounds_s: float) -> dict[str, Any]:
         "is_eager": chosen.is_eager,
         "chosen": chosen.line,
     }
-
-
-def flops(row: Row) -> float:
-    return 2.0 * row.M * sum(N * K for K, N in row.layers)
 
 
 def is_slower(times: dict[str, Quartiles]) -> bool:
@@ -101,7 +111,7 @@ def main() -> int:
         results = Results(options.out, "sweep", options.again)
     except ValueError as wrong:
         parser.error(str(wrong))
-    every = [(row, kind) for row in sweep(options.rows, options.widths, options.depths) for kind in PASSES]
+    every = [(row, kind) for row in sweep(options.rows, options.widths, options.depths) for kind in KINDS]
     todo = [(row, kind) for row, kind in every if not results.is_done(f"{row}-{kind}")]
     if kept := len(every) - len(todo):
         print(f"{kept} of {len(every)} are in {options.out} and kept")
@@ -119,6 +129,8 @@ def main() -> int:
     if done < len(todo):
         print(f"{len(todo) - done} left out: the budget of {options.budget:g} s is used up; run again with --out")
     if options.picture:
+        from pictures import sweep_picture  # which needs matplotlib
+
         sweep_picture(results.record, options.picture)
     slower = [name for name, found in results.rows.items() if found["is_slower"]]
     return 1 if slower else 0

@@ -108,6 +108,9 @@ class Quartiles(NamedTuple):
         return (self.upper - self.lower) / self.median
 
 
+Run = Callable[[Callable[[], object], int], float]  # milliseconds of one of so many calls in a row
+
+
 def in_turns(
     functions: dict[str, Callable[[], object]],
     budget_s: float = 20.0,
@@ -115,15 +118,17 @@ def in_turns(
     least: int = 3,
     most: int = 1000,
     long_s: float = 0.05,
+    run: Run | None = None,
 ) -> dict[str, Quartiles]:
-    """CPU time of each function's call, in rounds that begin with another one each time.
+    """Time of each function's call, the CPU's unless `run` tells another, in rounds that begin with another one each.
 
     In a round each function is called as often in a row as fills `fill_s`, so that the clock's own cost vanishes. A
     call that takes less than `long_s` is made once more before the clock starts: it finds caches and memory as a loop
     of its own leaves them, not as the function before did. Rounds go on until they have taken `budget_s`; there are at
     least `least`.
     """
-    calls = {name: _calls_to_fill(function, fill_s) for name, function in functions.items()}
+    run = run or _cpu_run
+    calls = {name: _calls_to_fill(function, fill_s, run) for name, function in functions.items()}
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
@@ -135,7 +140,7 @@ def in_turns(
             for name in names[first:] + names[:first]:
                 if (samples[name] or [0.0])[-1] < long_s * 1e3:
                     functions[name]()
-                samples[name].append(_host_run(functions[name], calls[name])())
+                samples[name].append(run(functions[name], calls[name]))
             if i + 1 >= least and time.perf_counter() - start > budget_s:
                 break
     finally:
@@ -143,13 +148,17 @@ def in_turns(
     return {name: _quartiles(found, calls[name]) for name, found in samples.items()}
 
 
-def _calls_to_fill(function: Callable[[], object], fill_s: float) -> int:
+def _cpu_run(function: Callable[[], object], calls: int) -> float:
+    return _host_run(function, calls)()
+
+
+def _calls_to_fill(function: Callable[[], object], fill_s: float, run: Run) -> int:
     """How many calls take fill_s, asked of the function itself, which warms up by it."""
     function()
     calls = 1
-    while (taken_s := _host_run(function, calls)() * calls / 1e3) < fill_s:
+    while (taken_s := run(function, calls) * calls / 1e3) < fill_s:
         calls = max(2 * calls, min(10 * calls, math.ceil(calls * fill_s / max(taken_s, 1e-9))))
-    return max(1, math.ceil(calls * fill_s / taken_s))
+    return max(1, math.ceil(calls * fill_s / max(taken_s, 1e-9)))
 
 
 def _quartiles(samples: list[float], calls: int) -> Quartiles:
@@ -162,8 +171,7 @@ def machine(device: str = "cuda") -> dict[str, str]:
     """What a figure has to be read with: the chip, the driver, the versions, the commit, the date."""
     facts = {"device": platform.processor() or platform.machine(), "driver": "none"}
     if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts = {"device": torch.cuda.get_device_name(), "driver": said(query) or "unknown"}
+        facts = {"device": torch.cuda.get_device_name(), "driver": _driver()}
     return facts | {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -174,9 +182,17 @@ def machine(device: str = "cuda") -> dict[str, str]:
     }
 
 
+def _driver() -> str:
+    return said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or "unknown"
+
+
 def host() -> dict[str, str | float]:
-    """What a CPU figure has to be read with: the processor, its threads, compiler, versions, commit and date."""
+    """What a figure has to be read with: the processor, its threads, compiler, versions, commit and date; the GPU."""
+    has_gpu = torch.cuda.is_available()
+    gpu = {"gpu": torch.cuda.get_device_name(), "driver": _driver(), "ptxas": ptxas()} if has_gpu else {}
     return {
+        **gpu,
+        "triton": triton.__version__,
         "cpu": cpu_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count() or 0,
@@ -216,22 +232,23 @@ def sources() -> str:
 class Results:
     """Rows of measurements in a JSON file, written after each one; a later run keeps those it finds there.
 
-    Not those from other sources of fusedres, another processor, number of threads, torch or compiler. `again` measures
-    rows anew as they come, and keeps those that do not come.
+    Not those from other sources of fusedres, another processor, GPU, number of threads, torch or compiler. `again`
+    measures rows anew as they come, and keeps those that do not come. What the machine itself was found to reach goes
+    with the rows.
     """
 
-    SAME = ("sources", "cpu", "threads", "torch", "compiler")
+    SAME = ("sources", "cpu", "gpu", "threads", "torch", "compiler")
 
     def __init__(self, path: Path | None, kind: str, again: bool = False) -> None:
         self.path, self.again = path, again
-        self.record: dict[str, Any] = {"kind": kind, **host(), "rows": {}}
+        self.record: dict[str, Any] = {"kind": kind, **host(), "peaks": {}, "left_out": [], "rows": {}}
         if path is None or not path.exists():
             return
         before = json.loads(path.read_text())
         if before.get("kind") != kind:
             raise ValueError(f"{path} must hold results of kind {kind}, got {before.get('kind')}")
-        if all(before.get(fact) == self.record[fact] for fact in self.SAME):
-            self.record["rows"] = before["rows"]
+        if all(before.get(fact) == self.record.get(fact) for fact in self.SAME):
+            self.record |= {name: before[name] for name in ("rows", "peaks", "left_out") if name in before}
 
     @property
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -244,7 +261,14 @@ class Results:
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Keep a row, with the commit and the hour it is of."""
         self.rows[name] = {**row, "commit": self.record["commit"], "date": now()}
+        self.record["left_out"] = [other for other in self.record["left_out"] if other != name]
         self.write()
+
+    def leave_out(self, name: str) -> None:
+        """Say of a row that there was no time for it."""
+        if name not in self.record["left_out"]:
+            self.record["left_out"].append(name)
+            self.write()
 
     def write(self) -> None:
         if self.path is not None:

@@ -7,9 +7,9 @@ import os
 import networks
 import pytest
 import torch
-from cases import Case, Shape, three_ways
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layers import Case, Shape, three_ways
 from test_layer import every_other, sliced, terms_of, transposed
 from test_network import check, forced
 from tolerances import Rule, rule_for

@@ -14,15 +14,18 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-import cpu_cases
+import answers
+import cases
 import first_call
 import opponents
+import patience
 import pytest
 import torch
+from cases import BASE, PASSES, ROWS, Row
 from contest import Contest
-from cpu_cases import BASE, PASSES, ROWS, Row
-from cpu_table import contest_table, sweep_picture
-from sweep import is_slower
+from pictures import sweep_picture
+from report import contest_table
+from sweep import is_slower, sweep
 from timing import Quartiles, Results, in_turns
 
 from fusedres import native
@@ -49,9 +52,13 @@ def benchmarks(*arguments: object) -> str:
 
 
 def test_without_the_flag_answers_are_checked():
-    said = benchmarks("-k", "cpu and (a1-F or c1024-learned)")
-    assert "4 passed" in said
-    assert "networks on the CPU" not in said
+    said = benchmarks("-k", "cpu and (a1-F or c1024-learned) or cuda and a1-F")
+    if torch.cuda.is_available():
+        assert "7 passed" in said
+    else:
+        assert "5 passed, 2 skipped" in said
+        assert "no CUDA device" in said
+    assert "bars met" not in said
 
 
 def test_with_the_flag_rows_are_timed_and_kept(tmp_path):
@@ -71,6 +78,22 @@ def test_with_the_flag_rows_are_timed_and_kept(tmp_path):
 
     assert "2 skipped" in benchmarks(*arguments, "--benchmark-results", file)
     assert "2 passed" in benchmarks(*arguments, "--benchmark-results", file, "--benchmark-again")
+
+
+def test_what_the_total_leaves_no_time_for_is_measured_by_the_next_run(tmp_path):
+    file = tmp_path / "cpu.json"
+    few = ("--benchmark", "-k", "cpu and a1-F", "--benchmark-budget", 0, "--benchmark-compile-limit", 0)
+    said = benchmarks(*few, "--benchmark-results", file, "--benchmark-total", 0)
+    assert "2 skipped" in said
+    assert "the total of 0 s is used up" in said
+    assert json.loads(file.read_text())["left_out"] == ["a1-F", "a1-FB"]
+
+    said = benchmarks(*few, "--benchmark-results", file)
+    assert "[1 of 2, about" in said
+    record = json.loads(file.read_text())
+    assert (record["left_out"], list(record["rows"])) == ([], ["a1-F", "a1-FB"])
+    assert record["peaks"]["cpu"]["float32"].keys() == {"bytes_per_s", "flops_per_s"}
+    assert all(rates["share_of_roofline"] > 0 for rates in record["rows"]["a1-F"]["rates"].values())
 
 
 def test_rows_of_other_sources_are_not_kept(tmp_path):
@@ -125,7 +148,7 @@ def test_a_single_number_may_be_a_rounding_off(roundings, is_wrong):
     own = {"y": torch.ones(20), "weight 0": torch.ones(1, 1)}
     answer = own | {"weight 0": torch.ones(1, 1) + roundings * torch.finfo(torch.float32).eps}
     exact = {name: tensor.double() for name, tensor in own.items()}
-    assert bool(opponents.wrong(opponents.errors(answer, own, exact, depth=1))) == is_wrong
+    assert bool(answers.wrong(answers.errors(answer, own, exact, depth=1))) == is_wrong
 
 
 @pytest.mark.parametrize("kind", PASSES)
@@ -163,18 +186,18 @@ def test_floors_are_those_stated():
             computed = row.computed_floor_ms(kind)
             assert computed == pytest.approx(stated, rel=0.01 if (row.name, kind) in close else 0.25)
             assert row.floor_ms(kind) == stated
-    assert cpu_cases.named("d-bf16").floor_ms("F") is None
+    assert cases.named("d-bf16").floor_ms("F") is None
 
 
 def test_rows_are_the_networks_meant():
-    a, c = cpu_cases.named("a1-learned"), cpu_cases.named("c1024")
+    a, c = cases.named("a1-learned"), cases.named("c1024")
     assert (a.depth, a.skips, a.learns) == (13, [True] * 12 + [False], True)
     assert [list(run) for run in c.runs()] == [list(range(16)), [16]]
-    assert not cpu_cases.named("b1").can_stack
+    assert not cases.named("b1").can_stack
     assert not any(row.name.startswith("b") for row in ROWS if row.learns)
-    assert len(list(cpu_cases.sweep())) == 5 * 10 * 3
+    assert len(list(sweep())) == 5 * 10 * 3
     with pytest.raises(ValueError, match=r"a row must be one of a1, .*, got a2"):
-        cpu_cases.named("a2")
+        cases.named("a2")
 
 
 def test_turns_fill_their_time_and_quartiles_tell_slower_from_noise():
@@ -229,7 +252,7 @@ def test_compilers_that_nobody_waits_for_are_ended(tmp_path):
     running = subprocess.Popen([compiler, "60"])
     other = subprocess.Popen(["sleep", "60"])
     try:
-        opponents.abandon_compilation()
+        patience.abandon_compilation()
         assert running.wait(5) == -signal.SIGKILL
         assert other.poll() is None
     finally:
@@ -244,5 +267,5 @@ def test_a_compilation_that_takes_too_long_is_given_up():
             with contextlib.suppress(Exception):  # as compilers do
                 sum(range(1000))
 
-    with pytest.raises(opponents.TooLong), opponents.time_limit(0.05):
+    with pytest.raises(patience.TooLong), patience.time_limit(0.05):
         work()

@@ -16,8 +16,8 @@ from pathlib import Path
 import exact_cpu
 import pytest
 import torch
-from cases import Case, Shape, three_ways
 from exact_cpu import going
+from layers import Case, Shape, three_ways
 from test_layer import ACTIVATIONS, LAYOUTS, SUMS, check, learned_scales, named
 from torch import Tensor
 

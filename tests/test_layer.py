@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from cases import SHAPES, Case, Shape, three_ways
+from layers import SHAPES, Case, Shape, three_ways
 from tolerances import rule_for
 from torch import Tensor
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from cases import Case, Shape
+from layers import Case, Shape
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
