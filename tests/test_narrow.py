@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, Shape, three_ways
 from configurations import Layer, everything
 from integers import compare, integers, truth_of
+from layers import Case, Shape, three_ways
 from tolerances import rule_for
 from torch import Tensor
 

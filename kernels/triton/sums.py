@@ -5,7 +5,6 @@ out_i = Σ_r part_i[r, :]        part_i [rows, n_i] fp32        out_i [n_i], or 
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
