@@ -87,20 +87,17 @@ def test_forward(spec, learned, tile, dtype):
 @pytest.mark.parametrize("tile", BACKWARD.values(), ids=BACKWARD)
 @pytest.mark.parametrize(("spec", "learned"), SPECS.values(), ids=SPECS)
 def test_dz_inside_the_product_for_dx(spec, learned, tile, dtype):
-    from fusedres.kernels.triton import layer_backward_inside
+    from fusedres.kernels.triton import layer_backward_inside, sums
 
-    names = {"bias": "dbias", "branch_scale": "dbranch_scale", "skip_scale": "dskip_scale"}
     for M, N, K in SIZES:
         operands = drawn(M, N, N if spec.skip == "identity" else K, spec, dtype, learned)
         g = torch.randn(M, N).to(DEVICE, dtype)
         truth, eager = (judged(operands, spec, g, to) for to in (torch.float64, dtype))
         _, kept = run(operands, spec, TILED, keep=spec.activation != "none")
         wanted = Wanted(*(t is not None for t in operands[:-1]))
-        dz, dx, sums = layer_backward_inside.dz_and_dx(g, operands, kept, spec, wanted, tile, "ieee", PROGRAMS)
+        dz, dx, parts = layer_backward_inside.dz_and_dx(g, operands, kept, spec, wanted, tile, "ieee", PROGRAMS)
         found = {"dx": dx, "dweight": (dz.float().t() @ operands.x.float()).to(dtype)}
-        for name, of_rows in sums.items():
-            of_rows = of_rows.sum() if name == "skip_scale" else of_rows
-            found[names[name]] = of_rows.to(dtype)
+        found |= {f"d{name}": of_rows for name, of_rows in sums.added(parts, operands).items()}
         assert found.keys() | {"y", "dresidual"} >= truth.keys()
         for name, mine in found.items():
             terms = max(1.0, M * N / truth[name].numel()) / (1 - spec.drop_path)
