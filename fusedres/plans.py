@@ -47,6 +47,7 @@ class Facts(NamedTuple):
     gpu: str
     is_skinny: bool
     is_described: bool  # the copy engine takes every operand, all of one dtype
+    trusts_registers: bool  # as the choice of backend has it
     work: str  # of backward, per number: "plain", "busy", or "again" where it multiplies z once more
 
     @property
@@ -84,6 +85,7 @@ def layer_plan(
         choice.gpu,
         is_skinny=M <= SKINNY and not spec.batch_invariant,
         is_described=choice.capability >= 90 and _is_described(operands, g, dtype),
+        trusts_registers=choice.trusts_registers,
         work=_work(operands, spec),
     )
     plan = plan_of(facts)
@@ -134,7 +136,13 @@ def _admits(facts: Facts, form: object) -> bool:
     if isinstance(form, Elementwise):
         return facts.skip != "concat"
     if isinstance(form, Inside):
-        return is_plain and facts.is_described and facts.work != "again" and not facts.is_together
+        return (
+            is_plain
+            and facts.is_described
+            and facts.trusts_registers
+            and facts.work != "again"
+            and not facts.is_together
+        )
     if isinstance(form, (Together, Separate)):
         return isinstance(form, Together) == facts.is_together
     return not isinstance(form, SplitTile) or facts.is_described or not form.by_descriptors
