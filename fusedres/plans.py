@@ -48,7 +48,7 @@ class Facts(NamedTuple):
     is_skinny: bool
     is_described: bool  # the copy engine takes every operand, all of one dtype
     trusts_registers: bool  # as the choice of backend has it
-    work: str  # of backward, per number: "plain", "busy", or "again" where it multiplies z once more
+    work: str  # of backward, per number: "plain", "busy", or "apart", what only a dz kernel of its own does
 
     @property
     def is_exact_fp32(self) -> bool:
@@ -97,8 +97,10 @@ def layer_plan(
 
 def _work(operands: Operands, spec: LayerSpec) -> str:
     learns = operands.branch_scale is not None or operands.skip_scale is not None
-    if (spec.recompute and spec.activation != "none") or (spec.activates_sum and operands.branch_scale is not None):
-        return "again"
+    multiplies = spec.recompute and spec.activation != "none"
+    writes_ds = spec.activates_sum and spec.skip == "residual"
+    if multiplies or writes_ds or (spec.activates_sum and operands.branch_scale is not None):
+        return "apart"
     return "busy" if learns or spec.activates_sum or spec.drop_path > 0 else "plain"
 
 
@@ -140,7 +142,7 @@ def _admits(facts: Facts, form: object) -> bool:
             is_plain
             and facts.is_described
             and facts.trusts_registers
-            and facts.work != "again"
+            and facts.work != "apart"
             and not facts.is_together
         )
     if isinstance(form, (Together, Separate)):
@@ -170,7 +172,9 @@ def _rows_together(N: int, K: int, mode: str, target: str, capability: int) -> S
 
 def _is_described(operands: Operands, g: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether all are of one dtype and lie as the copy engine wants them, rows at multiples of 16 bytes."""
-    given = [t for t in (operands.x, operands.weight, operands.residual) if t is not None]
+    is_residual_read = g is None or operands.skip_scale is not None  # backward has let go of one that it does not read
+    residual = operands.residual if is_residual_read else None
+    given = [t for t in (operands.x, operands.weight, residual) if t is not None]
     if any(t.dtype != dtype for t in given) or (g is not None and g.dtype != dtype):
         return False
     return all(_is_row(size * dtype.itemsize) for size in operands.weight.shape) and all(map(_lies_well, given))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from integers import DEVICE, HAS_GPU
+from layers import Case, Shape, three_ways
 from tolerances import rule_for
 
-from fusedres import reference
-from fusedres.kernels.config import PersistentTile
+from fusedres import dispatch, reference
+from fusedres.kernels.config import Inside, PersistentTile, Separate, Tile
+from fusedres.kernels.record import BRANCH, LARGEST, OCTAVES, PRODUCT, SCALE, SKIP, SQUARES, SUM, Recording
 from fusedres.kernels.spec import LayerSpec, Operands, Wanted
 
 pytest.importorskip("triton")
@@ -116,6 +121,82 @@ def test_a_row_that_is_no_number_stays_alone():
         g, wanted = torch.ones_like(y), Wanted(True, *[False] * 7)
         _, dx, _ = layer_backward_inside.dz_and_dx(g, operands, kept, spec, wanted, TILED, "ieee", PROGRAMS)
         assert dx.isnan().any(1).nonzero().flatten().tolist() == [70]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The dispatcher plans as for an H100, whose kernels the interpreter then runs."""
+    choice = dispatch.Triton("pretended", "interpreter" if not HAS_GPU else "cuda", 90)
+    monkeypatch.setattr(dispatch, "_constant_backend", lambda *facts: choice)
+    dispatch._cached_backend.cache_clear()
+    yield
+    dispatch._cached_backend.cache_clear()
+
+
+LAYERS = {
+    "identity": {"skip": "identity", "skip_scale": 0.7},
+    "residual": {"skip": "residual", "skip_scale": 0.7},
+    "post-residual": {"skip": "residual", "order": "post"},
+    "busy": {"skip": "identity", "skip_scale": "scalar", "branch_scale": "channel", "drop_path": 0.4},
+    "post": {"skip": "identity", "order": "post"},
+    "bare": {"skip": None, "bias": False},
+}
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("width", [48, 136], ids=["whole", "wide"])
+def test_from_the_module_to_the_copy_engine_and_back(width, options, hopper, monkeypatch):
+    from fusedres.kernels.triton import layer_backward, layer_narrow, layer_persistent
+
+    calls = []
+    for module, name in ((layer_persistent, "forward"), (layer_backward, "dz_and_dx"), (layer_narrow, "backward")):
+        monkeypatch.setattr(module, name, counted(calls, module.__name__, getattr(module, name)))
+    case = Case(Shape((70,), width, width), torch.float16, **options)
+    fused, eager, truth = three_ways(case, DEVICE)
+    apart = options.get("order") == "post" and options["skip"] == "residual"  # whose gradient is more than λ g
+    inside = [] if apart else ["backward"]
+    assert [name.rpartition("_")[2] for name in calls] == ["persistent", *(["narrow"] if width == 48 else inside)]
+    for name in truth:
+        terms = max(1.0, truth["y"].numel() / truth[name].numel()) / (1 - case.drop_path)
+        rule_for(torch.float16, name).check(name, fused[name], eager[name], truth[name], terms)
+
+
+def counted(calls: list[str], name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *given, **named: (calls.append(name), call(*given, **named))[1]
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+@pytest.mark.parametrize("skip", ["identity", "none"])
+def test_what_is_recorded_of_a_gradient_that_others_have_written(skip, order):
+    """The halves of dx, from dz inside the product and from the library's, are those of the kernel that records."""
+    from fusedres.kernels.triton import layer_backward
+
+    spec = LayerSpec("gelu", order, skip, skip_scale=0.5)
+    operands = drawn(70, 40, 40, spec, torch.float32)
+    g, (_, kept) = torch.randn(70, 40).to(DEVICE), run(operands, spec, TILED, keep=True)
+    tile, wanted = Tile(32, 32, 32, 4, 2), Wanted(True, *[False] * 7)
+    found = []
+    for form in (Separate(tile, tile), Separate(tile, None), Inside(TILED)):
+        noted = Recording(2.0, lambda row, parts: found.append(totals(parts)), 0)
+        layer_backward.backward(g, operands, kept, None, spec, wanted, form, None, "ieee", PROGRAMS, noted)
+    first, *others = found
+    assert len(others) == 2
+    for other in others:
+        torch.testing.assert_close(other[:OCTAVES], first[:OCTAVES], rtol=1e-4, atol=0)
+        assert other[OCTAVES:].sum() == first[OCTAVES:].sum() == 70 * 40
+    assert (first[SKIP] > 0) == (skip == "identity")
+
+
+def totals(parts: torch.Tensor) -> torch.Tensor:
+    """One row of numbers from the parts of one gradient, its unit taken out of its sums."""
+    rows = parts.flatten(0, 1).double().cpu()
+    unit = rows[:, SCALE].clone()
+    for at, power in ((SUM, 1), (SQUARES, 2), (BRANCH, 2), (SKIP, 2), (PRODUCT, 2)):
+        rows[:, at] *= unit**power
+    largest = rows[:, LARGEST].max()
+    found = rows.sum(0)
+    found[LARGEST], found[SCALE] = largest, 0
+    return found
 
 
 def test_what_the_copy_engine_takes():

@@ -172,6 +172,7 @@ MEASURED = Plan(
     Tile(32, 32, 32, 4, 2),
     Separate(Tile(16, 32, 32, 4, 2), None),
     SplitTile(64, 64, 64, 4, 3, 8, True),
+    f"measured on {H100.gpu}, 2026-01-02",
 )
 
 
@@ -179,7 +180,8 @@ MEASURED = Plan(
 def on_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def write(plan: Plan, N: int, mode: str = "bf16") -> None:
         row = {"N": N, "K": N, "mode": mode, "is_skinny": False, "plan": measured.encoded(plan)}
-        measured.file(H100.gpu).write_text(json.dumps({"gpu": H100.gpu, "layers": [row]}))
+        record = {"gpu": H100.gpu, "date": "2026-01-02", "layers": [row]}
+        measured.file(H100.gpu).write_text(json.dumps(record))
         measured._plans.cache_clear()
         plans.plan_of.cache_clear()
 
@@ -228,6 +230,7 @@ def test_a_narrow_layer_measured_faster_in_pieces_keeps_what_these_read(on_file)
 def test_plans_go_to_json_and_back():
     for plan in (MEASURED, plan_for(4096, 64, 64), plan_for(4096, 512, 512), plan_for(4096, 512, 512, torch.float32)):
         assert measured.decoded(json.loads(json.dumps(measured.encoded(plan)))) == plan
+    assert "not measured" in plan_for(4096, 64, 64).because
 
 
 def test_tiles_that_are_committed_can_be_read():

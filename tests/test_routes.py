@@ -159,7 +159,7 @@ def test_explain_tells_backend_sizes_and_tiles(backend, device, fused, capsys):
         details = ("way lanes, because every width is below 16", "computed again in backward")
     else:
         assert isinstance(call.tiles, Plan)
-        details = ("BLOCK_M=16", "z recomputed")
+        details = ("BLOCK_M=16", "z recomputed", "reasoned, not measured")
     printed = capsys.readouterr().out
     assert printed.strip() == str(explanation)
     for words in ("[6, 6] -> [6, 4] torch.float32", fused, call.choice.because, *details):

@@ -157,7 +157,7 @@ def backward(
     if isinstance(form, Inside):
         dz, dx, parts = dz_and_dx(g, operands, kept, spec, wanted, form.dx, precision, multiprocessors)
         sums = added(parts, operands)
-        if recording is not None:
+        if recording is not None and wanted.x:
             record_after(recording, dx, skip_of_inside(g, kept, operands, spec))
         ds = None
     else:
@@ -180,7 +180,7 @@ def backward(
 
     dp = _scaled(product(ds, torch.float32), lam, fixed) if wanted.projection_weight else None
     return Gradients(
-        x=dx,
+        x=dx if wanted.x else None,
         weight=product(dz, weight.dtype) if wanted.weight else None,
         bias=sums.get("bias"),
         residual=dresidual,

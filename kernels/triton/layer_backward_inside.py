@@ -122,7 +122,7 @@ def dz_and_dx(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """dz [M, N], dx [M, K], and the wanted sums over rows in fp32, by name, in parts [tiles of M, N].
 
-    The skip is none, an identity, or a residual whose gradient is g; where a is learned, φ is before the sum.
+    The skip is none, an identity, or a residual whose gradient is λ g; where a is learned, φ is before the sum.
     """
     _, w, _, _, _, _, lam, a, seed = operands
     (M, N), K = g.shape, w.shape[1]
