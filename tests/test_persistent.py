@@ -11,7 +11,7 @@ from integers import DEVICE, HAS_GPU
 from layers import Case, Shape, three_ways
 from tolerances import rule_for
 
-from fusedres import dispatch, reference
+from fusedres import FusedResidualLinear, dispatch, reference
 from fusedres.kernels.config import Inside, PersistentTile, Separate, Tile
 from fusedres.kernels.record import BRANCH, LARGEST, OCTAVES, PRODUCT, SCALE, SKIP, SQUARES, SUM, Recording
 from fusedres.kernels.spec import LayerSpec, Operands, Wanted
@@ -159,6 +159,30 @@ def test_from_the_module_to_the_copy_engine_and_back(width, options, hopper, mon
     for name in truth:
         terms = max(1.0, truth["y"].numel() / truth[name].numel()) / (1 - case.drop_path)
         rule_for(torch.float16, name).check(name, fused[name], eager[name], truth[name], terms)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counts what the interpreter runs")
+@pytest.mark.parametrize(
+    ("width", "is_hopper", "forward", "backward"),
+    [(48, True, 1, 2), (136, True, 1, 2), (136, False, 1, 3)],
+    ids=["one-kernel", "dz-inside", "in-pieces"],
+)
+def test_how_many_launches_a_step_takes(width, is_hopper, forward, backward, monkeypatch, request):
+    """Beside the library's product for dw, which only the one kernel does without."""
+    from triton.runtime.interpreter import GridExecutor
+
+    if is_hopper:
+        request.getfixturevalue("hopper")
+    launches: list[int] = []
+    run_one = GridExecutor.__call__
+    monkeypatch.setattr(
+        GridExecutor, "__call__", lambda self, *given, **named: (launches.append(1), run_one(self, *given, **named))[1]
+    )
+    layer, x = FusedResidualLinear(width, dtype=torch.float16), torch.randn(70, width, dtype=torch.float16)
+    y = layer(x.requires_grad_())
+    assert len(launches) == forward
+    y.sum().backward()
+    assert len(launches) == forward + backward
 
 
 def counted(calls: list[str], name: str, call: Callable[..., Any]) -> Callable[..., Any]:
