@@ -1,4 +1,4 @@
-"""The instructions that a kernel's threads issue for a tile, read in the machine code by its loops; no GPU is needed."""
+"""The instructions that a kernel's threads issue for a tile, read in the machine code by its loops, without a GPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
-import launches
-from compiled import ARCHES, NVDISASM, RESERVED, compiled, read  # before triton: it sees to it that kernels compile
 from configurations import Configuration, FormConfiguration
 
 MULTIPROCESSOR = 2048  # threads that one can have at a time
@@ -31,6 +29,9 @@ class Issued(NamedTuple):
 
 def issued(configuration: Configuration | FormConfiguration) -> Issued:
     """Of a plain layer with gelu on sm_90."""
+    import launches  # not before kernels are to be compiled: with it, no kernel that is defined later is interpreted
+    from compiled import ARCHES, NVDISASM, RESERVED, compiled, read
+
     job = launches.Job("sm_90", configuration, load=launches.PLAIN)
     with contextlib.redirect_stdout(io.StringIO()) as log:
         built = compiled(launches.of(job), ARCHES["sm_90"], False)

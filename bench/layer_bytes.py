@@ -148,7 +148,7 @@ def weight(tile: SplitTile | None, size: Size) -> list[Kernel]:
     if tile.splits == 1:
         return [Kernel("dw", reads, {"dw": size.w}, again, flops, "weight")]
     parts = {"parts of dw": tile.splits * N * K * SUM}
-    return [Kernel("dw", reads, parts, again, flops, "weight"), Kernel("sum dw", parts, {"dw": size.w})]
+    return [Kernel("dw", reads, parts, again, flops, "weight"), Kernel("add shares", parts, {"dw": size.w})]
 
 
 def summed(name: str, parts: int, numbers: int, itemsize: int) -> list[Kernel]:

@@ -1,17 +1,18 @@
 """Microseconds of every target on an H100, predicted, not measured, for the first run to confirm or refute.
 
     python bench/predict.py                          the table, by the instructions that its file has counted
-    python bench/predict.py --write                  counts them again, compiling for sm_90; writes the file and the table
+    python bench/predict.py --write                  counts again, compiling for sm_90; writes file and table
     python bench/predict.py --against layer.json     beside medians of `pytest bench/ --benchmark -k "cuda and layer"`
 
-bench/prediction.py has the assumptions; a pass takes the sum of its kernels. The file is bench/results/predictions.json,
-the table stands in kernels/README.md.
+bench/prediction.py has the assumptions; a pass takes the sum of its kernels. The file is
+bench/results/predictions.json, the table stands in kernels/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def cells(row: dict[str, Any]) -> list[list[str]]:
     for t in row["targets"]:
         if t["ratio"] == "eager / fused" and t["verdict"] == "met":
             continue  # everywhere, and said below
-        numbers = [f"{t['predicted']:.2f}", f"{t['overlapped']:.2f}", f"{t['margin']:+.0%}"]
+        numbers = [_two(t["predicted"]), _two(t["overlapped"]), f"{t['margin']:+.0%}"]
         lines.append([*facts, aim(t), *numbers, t["verdict"]])
         facts = ["", "", "", "", "", "", "", ""]
     return lines
@@ -233,19 +234,23 @@ def against(rows: dict[str, dict[str, Any]], measured: dict[str, Any]) -> str:
         us |= {"compile": min(of_compile)} if of_compile else {}
         for way, predicted in row["predicted_us"].items():
             if way != "overlapped":
-                lines.append([name, f"{way} µs", _us(predicted), *_measured(us.get(way), predicted), ""])
+                lines.append([name, f"{way} µs", _us(predicted), *_measured(us.get(way), predicted, _us), ""])
         for t in row["targets"]:
             upper, lower = t["ratio"].split(" / ")
             ratio = us[upper] / us[lower] if upper in us and lower in us else None
             said = f"predicted {t['verdict']}"
             if ratio is not None:
                 said += f", measured {'met' if is_met(t['ratio'], t['bar'], ratio) else 'missed'}"
-                lines.append([name, aim(t), f"{t['predicted']:.4g}", *_measured(ratio, t["predicted"]), said])
+            lines.append([name, aim(t), _two(t["predicted"]), *_measured(ratio, t["predicted"], _two), said])
     return columns(("row", "what", "predicted", "measured", "measured/predicted", ""), lines)
 
 
-def _measured(found: float | None, predicted: float) -> list[str]:
-    return ["-", "-"] if found is None else [f"{found:.4g}", f"{found / predicted:.3g}"]
+def _measured(found: float | None, predicted: float, say: Callable[[float], str]) -> list[str]:
+    return ["-", "-"] if found is None else [say(found), _two(found / predicted)]
+
+
+def _two(number: float) -> str:
+    return f"{number:.2f}"
 
 
 def main() -> None:
