@@ -30,6 +30,7 @@ from .kernels.spec import LayerSpec, Operands
 
 TOGETHER_UP_TO = 128  # N and K, up to which all of backward may be one kernel, and x all that is kept
 WHOLE_UP_TO = 256  # N and K, up to which w stays in a program's shared memory
+TILED_UP_TO = 2048  # K, up to which finishing a tile is worth hiding behind another's product
 INSIDE_UP_TO = 1024  # K, up to which dz is made in the product for dx: each tile across makes it again
 LIBRARY_FROM = 128  # N and K of exact fp32, which has no matrix unit, from which the library multiplies
 
@@ -210,7 +211,7 @@ def _forward(facts: Facts, keeps: bool) -> Tile | PersistentTile | Elementwise:
     whole = WHOLE[_power_of_two(widest, 64, WHOLE_UP_TO)]
     if widest <= whole.BLOCK_N and not (keeps and widest > TOGETHER_UP_TO) and _admits(facts, whole):
         return whole
-    return TILED if facts.K <= INSIDE_UP_TO else TILED_DEEP
+    return TILED if facts.K <= TILED_UP_TO else TILED_DEEP
 
 
 def _backward(facts: Facts) -> Separate | Inside | Together:

@@ -63,7 +63,7 @@ def test_more_registers_than_there_are_is_a_fault():
     run = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )
-    assert run.stdout == "|needs 130560 registers, has 65536\n"
+    assert run.stdout == "|needs 131072 registers, has 65536\n"
 
 
 def test_the_short_gelu_is_short():
