@@ -26,7 +26,7 @@ from fusedres.kernels.config import (
 from fusedres.kernels.spec import PER, LayerSpec, Operands, Run, View, Wanted
 
 KERNELS = ("forward", "dz", "dx")  # of a layer, by pointers
-FORMS = ("persistent", "inside", "narrow", "finish", "weight")  # the other kernels of a layer
+FORMS = ("persistent", "inside", "narrow", "finish", "weight", "sums")  # the other kernels of a layer
 STACK_KERNELS = ("stack_forward", "stack_backward")
 SUM_KERNELS = ("sum_forward", "sum_backward")
 SUM_LENGTHS = (4, 64, 4096)  # of a row of the sum's memory: narrow tiles, middling ones, and lines
@@ -198,6 +198,8 @@ def shipped_forms(target: str, capability: int, gpu: str = "") -> list[FormConfi
             found[kernel, facts.mode, keeps, tile, widths] = FormConfiguration(
                 kernel, facts.mode, min(facts.N, 1024), min(facts.K, 1024), keeps, tile
             )
+    for mode in ("fp32", "bf16"):  # that sums are rounded to
+        found["sums", mode] = FormConfiguration("sums", mode, 64, 64, False, Elementwise(64, 64, 4))
     return sorted(found.values(), key=lambda c: (FORMS.index(c.kernel), list(MODES).index(c.mode), *c[2:5]))
 
 

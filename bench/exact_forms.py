@@ -52,6 +52,8 @@ class FormCase(NamedTuple):
 def form_cases(configurations: Iterable[FormConfiguration], is_small: bool) -> Iterator[FormCase]:
     """Each configuration on every layer it is for; a few tiles each way, part empty; on a GPU enough to fill it."""
     for c in configurations:
+        if c.kernel == "sums":  # under test with every kernel that leaves sums in parts
+            continue
         for name, subject in _layers(c).items():
             M, N, K = _sizes(c, is_small)
             is_square = subject.spec.skip == "identity"

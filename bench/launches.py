@@ -18,7 +18,7 @@ from configurations import (
     everything,
 )
 
-from fusedres.kernels.config import Separate, StackTiles, Tile
+from fusedres.kernels.config import Separate, StackTile, StackTiles, Tile
 from fusedres.kernels.record import Recording
 from fusedres.kernels.spec import LayerSpec, Terms, WantedTerms
 from fusedres.kernels.triton import (
@@ -31,11 +31,13 @@ from fusedres.kernels.triton import (
     residual,
     stack,
     stack_backward,
+    sums,
     weight_gradient,
 )
 
 ALIGNED, RAGGED = 1024, 1003  # widths: multiples of 16, which kernels are specialised for, and not
 PROGRAMS = 132  # multiprocessors
+ADD = sums._add_kernel
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 
 # by what they are: one product and a skip; everything that a kernel can do at once, backward recomputing z
@@ -91,6 +93,7 @@ def launches(
         mock.patch.object(layer, "_forward_kernel", catch(found, "forward", layer._forward_kernel)),
         mock.patch.object(layer_backward, "_dz_kernel", catch(found, "dz", layer_backward._dz_kernel)),
         mock.patch.object(layer_backward, "_dx_kernel", catch(found, "dx", layer_backward._dx_kernel)),
+        mock.patch.object(sums, "_add_kernel", catch(found, "sums", ADD)),
     ):
         y, z, s = layer.forward(operands, spec, dtype, tile, precision, True, spec.skip == "projection")
         z, s = (z, s) if keeps else (None, None)
@@ -129,17 +132,22 @@ def form_launch(job: Job, dtype: torch.dtype, precision: str) -> Launch:
         "narrow": (layer_narrow, ("_backward_kernel",)),
         "finish": (layer_library, ("_finish_kernel",)),
         "weight": (weight_gradient, ("_pointer_kernel", "_descriptor_kernel")),
+        "sums": (layer_narrow, ("_backward_kernel",)),
     }
     module, names = kernels[c.kernel]
-    with mock.patch.multiple(module, **{name: catch(found, c.kernel, getattr(module, name)) for name in names}):
+    caught = {
+        name: catch(found, "narrow" if module is layer_narrow else c.kernel, getattr(module, name)) for name in names
+    }
+    with mock.patch.multiple(module, **caught), mock.patch.object(sums, "_add_kernel", catch(found, "sums", ADD)):
         if c.kernel == "persistent":
             layer_persistent.forward(operands, spec, dtype, c.tile, precision, c.keeps, PROGRAMS)
         elif c.kernel == "inside":
             kept = torch.empty(4096, c.N, dtype=operands.kept_dtype, device="meta")
             wanted = everything(operands)
             layer_backward_inside.dz_and_dx(g, operands, kept, spec, wanted, c.tile, precision, PROGRAMS)
-        elif c.kernel == "narrow":
-            layer_narrow.backward(g, operands, spec, everything(operands), c.tile, 2 * PROGRAMS, precision, recording)
+        elif c.kernel in ("narrow", "sums"):
+            rows = c.tile if c.kernel == "narrow" else StackTile(32, 4, 3)
+            layer_narrow.backward(g, operands, spec, everything(operands), rows, 2 * PROGRAMS, precision, recording)
         elif c.kernel == "finish":
             layer_library.forward(operands, spec, dtype, c.tile, c.keeps, False)
         else:

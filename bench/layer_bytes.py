@@ -71,7 +71,7 @@ class Kernel(NamedTuple):
 
 def layer_facts(d: int) -> plans.Facts:
     """Of a layer [d] -> [d] in bf16 on a Hopper that nothing was measured on."""
-    place = ("identity", "cuda", 90, "", False, True, "plain")
+    place = ("identity", "cuda", 90, "", False, True, True, "plain")
     return plans.Facts(d, d, torch.bfloat16, "ieee", *place)
 
 
@@ -98,17 +98,16 @@ def forward(form: Tile | PersistentTile | Elementwise, size: Size, keeps: bool, 
 
 
 def backward(plan: Plan, size: Size, programs: int) -> list[Kernel]:
-    """dx, dw and db, torch's sums and roundings among them."""
-    M, N, K, itemsize = size
+    """dx, dw and db; the kernel that adds partial sums is one of them, and so is torch's rounding of dw."""
+    M, N, K, _ = size
     product = 2 * M * N * K
     if isinstance(plan.backward, Together):
         working = min(2 * programs, _tiles(M, plan.backward.rows.BLOCK_M))
-        sums = {"dw": working * N * K * SUM, "db": working * N * SUM}
+        parts = {"parts of dw": working * N * K * SUM, "parts of db": working * N * SUM}
         again = {"w": (working - 1) * size.w, "b": (working - 1) * size.b}
         reads = {"g": size.z, "x": size.x, "w": size.w, "b": size.b}
-        writes = {"dx": size.x, **{f"parts of {name}": n for name, n in sums.items()}}
-        down = Kernel("backward", reads, writes, again, 3 * product, "narrow")
-        return [down, *summed("dw", sums["dw"], N * K, itemsize), *summed("db", sums["db"], N, itemsize)]
+        down = Kernel("backward", reads, {"dx": size.x, **parts}, again, 3 * product, "narrow")
+        return [down, Kernel("sums", parts, {"dw": size.w, "db": size.b})]
     if isinstance(plan.backward, Inside):
         tile = plan.backward.dx
         down, across = _tiles(M, tile.BLOCK_M), _tiles(K, tile.BLOCK_N)
@@ -124,7 +123,7 @@ def backward(plan: Plan, size: Size, programs: int) -> list[Kernel]:
             Kernel("dz", {"g": size.z, "kept": size.z}, {"dz": size.z, "parts of db": db}, issues="dz"),
             _dx(dx, size),
         ]
-    return [*kernels, *summed("db", db, N, itemsize), *weight(plan.weight, size)]
+    return [*kernels, Kernel("sums", {"parts of db": db}, {"db": size.b}), *weight(plan.weight, size)]
 
 
 def _dx(tile: Tile | None, size: Size) -> Kernel:
@@ -148,14 +147,7 @@ def weight(tile: SplitTile | None, size: Size) -> list[Kernel]:
     if tile.splits == 1:
         return [Kernel("dw", reads, {"dw": size.w}, again, flops, "weight")]
     parts = {"parts of dw": tile.splits * N * K * SUM}
-    return [Kernel("dw", reads, parts, again, flops, "weight"), Kernel("add shares", parts, {"dw": size.w})]
-
-
-def summed(name: str, parts: int, numbers: int, itemsize: int) -> list[Kernel]:
-    """torch's sum of partial sums, and its rounding of the sum."""
-    wide = {f"{name} in fp32": numbers * SUM}
-    total = Kernel(f"sum {name}", {f"parts of {name}": parts}, wide)
-    return [total, Kernel(f"round {name}", wide, {name: numbers * itemsize})]
+    return [Kernel("dw", reads, parts, again, flops, "weight"), Kernel("sums", parts, {"dw": size.w})]
 
 
 def training(plan: Plan, size: Size, programs: int) -> list[Kernel]:
