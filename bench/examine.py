@@ -111,6 +111,7 @@ class Subject(NamedTuple):
 def examined(job: Job) -> Finding:
     """Compiles the candidate, for the layer to be timed and for one of integers, and compares the latter."""
     multiply_as(job.facts)
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # and so torch.empty hands out NaN
     try:
         with compiled_kernels() as built:
@@ -122,7 +123,7 @@ def examined(job: Job) -> Finding:
         _leave_if_lost()
         return Finding(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
     if wrong:
         return Finding(f"wrong: {'; '.join(wrong)[:200]}", True)
     spilled = max((4 * kernel.n_spills for kernel in built), default=0)

@@ -88,7 +88,7 @@ def tuned(facts: plans.Facts, rows: int, is_together: bool | None, workers: Work
     calls: dict[str, dict[str, Callable[[], Any]]] = {part: {} for part in tried}
     for job, finding in zip(jobs, workers.examine(jobs), strict=True):
         is_wrong |= finding.is_wrong
-        why = finding.why or _why_not(call := subject.call(job.part, job.form))
+        why = finding.why or why_not(call := subject.call(job.part, job.form))
         if why:
             excluded[f"{job.part}: {label(job.form)}"] = why
             print(
@@ -127,7 +127,7 @@ def tuned(facts: plans.Facts, rows: int, is_together: bool | None, workers: Work
     }
 
 
-def _why_not(call: Callable[[], Any]) -> str:
+def why_not(call: Callable[[], Any]) -> str:
     try:
         call()
     except Exception as error:  # too large for memory, say
@@ -186,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", type=int, default=[65536, 64], help=f"up to {dispatch.SKINNY} are few")
     parser.add_argument("--again", action="store_true", help="measure what the file has already")
     parser.add_argument("--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--most", type=int, default=MOST, help="candidates of a part [%(default)s]")
     parser.add_argument("--dry", action="store_true", help="tiny, in Triton's interpreter, by the host's clock")
     options = parser.parse_args(arguments)
     if not options.dry and not HAS_GPU:
@@ -196,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.widths = [32, 136] if options.widths == WIDTHS else options.widths
         options.mode = ["fp16"] if options.mode == ["bf16"] else options.mode  # the interpreter is wrong in bf16
         options.rows = [72, 8] if options.rows == [65536, 64] else options.rows
-        options.jobs = 0
+        options.jobs, options.most = 0, min(options.most, 2)
     elif options.out is None:
         options.out = measured.file(torch.cuda.get_device_name())
     if options.out is None:
@@ -216,7 +217,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _tune(file: File, workers: Workers, time_of: Timer, options: argparse.Namespace) -> bool:
     """Whether a candidate was wrong, or a layer had no form left. Many rows first: few follow what these decide."""
     start, failed = time.perf_counter(), False
-    most = 2 if options.dry else MOST
     for rows in sorted(options.rows, reverse=True):
         for mode in options.mode:
             for width in options.widths:
@@ -232,7 +232,7 @@ def _tune(file: File, workers: Workers, time_of: Timer, options: argparse.Namesp
                 is_together = None if not facts.is_skinny else many is None or "rows" in many["plan"]["backward"]
                 print(f"{name}, at {spent:.0f} s", flush=True)
                 try:
-                    row = tuned(facts, rows, is_together, workers, time_of, most)
+                    row = tuned(facts, rows, is_together, workers, time_of, options.most)
                 except LookupError as error:
                     print(f"    FAILED: {error}", flush=True)
                     failed = True
