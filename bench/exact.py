@@ -38,9 +38,10 @@ from configurations import (
 )
 from exact_forms import FormCase, form_cases, form_mismatches
 from integers import DEVICE, HAS_GPU, LAYERS, PROJECTED, compare, drawn, truth_of  # before triton
+from timing import machine
 from torch import Tensor
 
-from fusedres import reference
+from fusedres import assembler, reference
 from fusedres.kernels.config import Separate, StackTiles, Tile
 from fusedres.kernels.spec import LayerSpec, Operands, Run, Wanted
 from fusedres.kernels.triton import layer, layer_backward, stack, stack_backward
@@ -236,6 +237,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="0: all in this process")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="leave out what is not begun by then")
     parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="where all has passed, add the sweep to this file")
     options = parser.parse_args()
 
     start = time.perf_counter()
@@ -281,8 +283,20 @@ def main() -> int:
     }
     if options.out:
         options.out.write_text(json.dumps(summary | {"configurations": report}, indent=1) + "\n")
+    is_whole = not options.quick and modes == list(MODES) and options.kernel == EVERY_KERNEL
+    if options.record and HAS_GPU and is_whole and not failed and not summary["not_run"]:
+        record_sweep(options.record, summary)
     print(", ".join(f"{key}: {len(value) if isinstance(value, list) else value}" for key, value in summary.items()))
     return 1 if failed else 0
+
+
+def record_sweep(path: Path, summary: dict[str, Any]) -> None:
+    """That every shipped configuration was exact on this GPU, under the assembler that made it: `assembler.SWEPT`."""
+    found = json.loads(path.read_text()) if path.is_file() else {"sweeps": []}
+    facts = machine()
+    sweep = {"gpu": facts["device"], **{name: facts[name] for name in ("triton", "torch", "commit", "date")}}
+    found["sweeps"].append(sweep | {"ptxas": assembler.ptxas(), "seeds": summary["seeds"], "cases": summary["cases"]})
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _results(queue: list[AnyCase], seeds: int, jobs: int, deadline: float) -> Iterable[tuple[AnyCase, list[str]]]:

@@ -17,6 +17,7 @@ from fusedres.kernels.triton import (
     layer_library,
     layer_narrow,
     layer_persistent,
+    sums,
     weight_gradient,
 )
 
@@ -119,7 +120,6 @@ def _inside(
     if spec.activation == "none" and operands.keeps_slope:
         kept = None  # as forward leaves it
     wanted = everything(operands)
-    dz, dx, sums = layer_backward_inside.dz_and_dx(g, operands, kept, spec, wanted, c.tile, precision, programs)
-    sums = {name: t.sum() if name == "skip_scale" else t for name, t in sums.items()}
-    found = {"x": dx, "weight": dz.double().t() @ operands.x.double(), **sums}
+    dz, dx, parts = layer_backward_inside.dz_and_dx(g, operands, kept, spec, wanted, c.tile, precision, programs)
+    found = {"x": dx, "weight": dz.double().t() @ operands.x.double(), **sums.added(parts, operands)}
     return compare({name: (t, gradients[name]) for name, t in found.items()})

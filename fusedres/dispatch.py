@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 import torch
 
-from . import native
+from . import assembler, native
 from .kernels.config import StackTile, StackTiles
 from .kernels.spec import WAYS, LayerSpec, Operands
 
@@ -58,6 +58,7 @@ class Triton:
     target: str  # cuda, hip, or interpreter
     capability: int = 0  # of a cuda device: 80, 90, …
     gpu: str = ""
+    trusts_registers: bool = True  # products may read an operand from registers (`assembler.py`)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ def _backend(device_type: str, index: int | None, dtype: torch.dtype, is_interpr
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return Eager(f"the kernels need compute capability 8.0, this GPU has {major}.{minor}")
-    return Triton(f"{gpu} runs the kernels", "cuda", 10 * major + minor, gpu)
+    capability = 10 * major + minor
+    trusts = capability // 10 != 9 or assembler.trusts_register_operands(gpu, capability, assembler.ptxas())
+    return Triton(f"{gpu} runs the kernels", "cuda", capability, gpu, trusts)
 
 
 def _cpu_backend(dtype: torch.dtype) -> Eager | Native:
@@ -257,7 +260,9 @@ STACK_SUMS_UP_TO, STACK_SUMS_BYTES = 32, 256 << 20
 STACK_KEPT_UP_TO = 1 << 30  # bytes of rows between layers that are kept for backward, with recompute="auto"
 
 
-def stack_tiles(d: int, dtype: torch.dtype, precision: str, target: str, is_skinny: bool) -> StackTiles | None:
+def stack_tiles(
+    d: int, dtype: torch.dtype, precision: str, target: str, is_skinny: bool, trusts_registers: bool = True
+) -> StackTiles | None:
     """The tiles of a run of layers of width d, or None where it goes layer by layer."""
     kind = "half" if dtype.itemsize == 2 else "tf32" if precision == "tf32" else "exact"
     width = max(16, 1 << (d - 1).bit_length())
@@ -270,8 +275,10 @@ def stack_tiles(d: int, dtype: torch.dtype, precision: str, target: str, is_skin
     is_ragged = d % 16 > 0
     has_room = not (is_ragged and kind == "exact") and target != "hip"
 
+    most = 128 if trusts_registers else 32  # rows, up to which Hopper multiplies as older chips do
+
     def fitted(tile: StackTile, share: int) -> StackTile:
-        rows = 16 if is_skinny else max(16, tile.BLOCK_M // share)
+        rows = 16 if is_skinny else max(16, min(most, tile.BLOCK_M) // share)
         return tile._replace(BLOCK_M=rows, stages=tile.stages if has_room else 1)
 
     fewer = 2 if is_ragged and width == 128 else 1

@@ -61,10 +61,11 @@ class Call:
             is_one = isinstance(self.tiles.backward, Together)
             kept = "x alone kept for" if is_one else "φ' kept for" if self.keeps else "z recomputed in"
             lines.append(f"    {self._options()}; {kept} backward")
-            forms = self.tiles._asdict()
+            forms = {name: form for name, form in self.tiles._asdict().items() if name != "because"}
             if is_one:
                 del forms["weight"]  # which is backward's too
             lines += [f"    {kernel:<9}{form or 'torch.matmul'}" for kernel, form in forms.items()]
+            lines.append(f"    these kernels and tiles: {self.tiles.because}")
         if self.way is not None:
             kept = "activations kept for backward" if self.keeps else "activations computed again in backward"
             lines.append(f"    {self._options()}; {kept}")

@@ -43,8 +43,12 @@ def _plans(gpu: str) -> dict[tuple[int, int, str, bool], Plan]:
     path = file(gpu)
     if not gpu or not path.is_file():
         return {}
-    layers = json.loads(path.read_text())["layers"]
-    return {(row["N"], row["K"], row["mode"], row["is_skinny"]): decoded(row["plan"]) for row in layers}
+    record = json.loads(path.read_text())
+    because = f"measured on {gpu}, {record['date']}"
+    return {
+        (row["N"], row["K"], row["mode"], row["is_skinny"]): decoded(row["plan"])._replace(because=because)
+        for row in record["layers"]
+    }
 
 
 def encoded(form: Any) -> Any:

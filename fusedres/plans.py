@@ -28,7 +28,7 @@ from .kernels.config import (
 )
 from .kernels.spec import LayerSpec, Operands
 
-TOGETHER_UP_TO = 128  # N and K, up to which all of backward is one kernel, and x all that is kept
+TOGETHER_UP_TO = 128  # N and K, up to which all of backward may be one kernel, and x all that is kept
 WHOLE_UP_TO = 256  # N and K, up to which w stays in a program's shared memory
 INSIDE_UP_TO = 1024  # K, up to which dz is made in the product for dx: each tile across makes it again
 LIBRARY_FROM = 128  # N and K of exact fp32, which has no matrix unit, from which the library multiplies
@@ -47,7 +47,8 @@ class Facts(NamedTuple):
     gpu: str
     is_skinny: bool
     is_described: bool  # the copy engine takes every operand, all of one dtype
-    work: str  # of backward, per number: "plain", "busy", or "again" where it multiplies z once more
+    trusts_registers: bool  # as the choice of backend has it
+    work: str  # of backward, per number: "plain", "busy", or "apart", what only a dz kernel of its own does
 
     @property
     def is_exact_fp32(self) -> bool:
@@ -63,7 +64,8 @@ class Facts(NamedTuple):
 
     @property
     def is_together(self) -> bool:
-        return _is_together(self.N, self.K, self.skip, self.target, self.gpu, self.mode)
+        choice = Triton("", self.target, self.capability, self.gpu)
+        return _is_together(self.N, self.K, self.skip, self.mode, choice)
 
 
 def layer_plan(
@@ -83,6 +85,7 @@ def layer_plan(
         choice.gpu,
         is_skinny=M <= SKINNY and not spec.batch_invariant,
         is_described=choice.capability >= 90 and _is_described(operands, g, dtype),
+        trusts_registers=choice.trusts_registers,
         work=_work(operands, spec),
     )
     plan = plan_of(facts)
@@ -94,8 +97,10 @@ def layer_plan(
 
 def _work(operands: Operands, spec: LayerSpec) -> str:
     learns = operands.branch_scale is not None or operands.skip_scale is not None
-    if (spec.recompute and spec.activation != "none") or (spec.activates_sum and operands.branch_scale is not None):
-        return "again"
+    multiplies = spec.recompute and spec.activation != "none"
+    writes_ds = spec.activates_sum and spec.skip == "residual"
+    if multiplies or writes_ds or (spec.activates_sum and operands.branch_scale is not None):
+        return "apart"
     return "busy" if learns or spec.activates_sum or spec.drop_path > 0 else "plain"
 
 
@@ -103,7 +108,7 @@ def keeps_input_alone(operands: Operands, spec: LayerSpec, choice: Triton) -> bo
     """Whether forward keeps nothing but x: by shapes and dtype alone, so that a traced call knows it too."""
     N, K = operands.weight.shape
     dtype = operands.x.dtype
-    return _is_together(N, K, spec.skip, choice.target, choice.gpu, mode(dtype, precision(dtype)))
+    return _is_together(N, K, spec.skip, mode(dtype, precision(dtype)), choice)
 
 
 def mode(dtype: torch.dtype, precision: str) -> str:
@@ -133,22 +138,43 @@ def _admits(facts: Facts, form: object) -> bool:
     if isinstance(form, Elementwise):
         return facts.skip != "concat"
     if isinstance(form, Inside):
-        return is_plain and facts.is_described and facts.work != "again" and not facts.is_together
+        return (
+            is_plain
+            and facts.is_described
+            and facts.trusts_registers
+            and facts.work != "apart"
+            and not facts.is_together
+        )
     if isinstance(form, (Together, Separate)):
         return isinstance(form, Together) == facts.is_together
     return not isinstance(form, SplitTile) or facts.is_described or not form.by_descriptors
 
 
-def _is_together(N: int, K: int, skip: str, target: str, gpu: str, mode: str) -> bool:
-    if max(N, K) > TOGETHER_UP_TO or skip not in ("none", "identity", "residual") or target == "hip":
+def _is_together(N: int, K: int, skip: str, mode: str, choice: Triton) -> bool:
+    if max(N, K) > TOGETHER_UP_TO or skip not in ("none", "identity", "residual"):
         return False
-    found = measured.plan(gpu, N, K, mode, False)
+    if _rows_together(N, K, mode, choice.target, choice.capability) is None:
+        return False
+    found = measured.plan(choice.gpu, N, K, mode, False)
     return found is None or isinstance(found.backward, Together)
+
+
+def _rows_together(N: int, K: int, mode: str, target: str, capability: int) -> StackTile | None:
+    """The tile of the one kernel, None where there is none that does not spill."""
+    kind = {"fp32": "exact", "tf32": "tf32"}.get(mode, "half")
+    key = kind, max(padded(N, K))
+    if target == "hip":  # reasoned: what spills nothing there, padded or not
+        return TOGETHER[key] if key in (("half", 16), ("half", 32), ("exact", 16)) else None
+    if target == "cuda" and capability < 90:
+        return None if key == ("tf32", 128) else SMALLER.get(key, TOGETHER.get(key))
+    return TOGETHER.get(key)
 
 
 def _is_described(operands: Operands, g: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether all are of one dtype and lie as the copy engine wants them, rows at multiples of 16 bytes."""
-    given = [t for t in (operands.x, operands.weight, operands.residual) if t is not None]
+    is_residual_read = g is None or operands.skip_scale is not None  # backward has let go of one that it does not read
+    residual = operands.residual if is_residual_read else None
+    given = [t for t in (operands.x, operands.weight, residual) if t is not None]
     if any(t.dtype != dtype for t in given) or (g is not None and g.dtype != dtype):
         return False
     return all(_is_row(size * dtype.itemsize) for size in operands.weight.shape) and all(map(_lies_well, given))
@@ -189,7 +215,7 @@ def _forward(facts: Facts, keeps: bool) -> Tile | PersistentTile | Elementwise:
 
 def _backward(facts: Facts) -> Separate | Inside | Together:
     if facts.is_together:
-        rows = TOGETHER[_kind(facts), max(padded(facts.N, facts.K))]
+        rows = _rows_together(facts.N, facts.K, facts.mode, facts.target, facts.capability)
         return Together(rows._replace(BLOCK_M=16) if facts.is_skinny else rows)
     dz = _tile(facts, facts.N, facts.K, "dz")
     if _takes_library(facts):
@@ -207,10 +233,6 @@ def _takes_library(facts: Facts) -> bool:
     return facts.is_exact_fp32 and is_large and facts.skip != "concat" and facts.target != "hip"
 
 
-def _kind(facts: Facts) -> str:
-    return "half" if facts.dtype.itemsize == 2 else "exact" if facts.is_exact_fp32 else "tf32"
-
-
 ELEMENTWISE = Elementwise(32, 128, 4)
 # w in shared memory, by the width that N and K are padded to; a multiprocessor has as many programs as its memory takes
 WHOLE = {
@@ -223,20 +245,21 @@ TILED = PersistentTile(128, 128, 64, 4, 3, parts=4, residents=2)
 TILED_DEEP = PersistentTile(128, 256, 64, 8, 3, parts=4)
 INSIDE = Inside(PersistentTile(128, 256, 32, 8, 4, parts=2))
 INSIDE_BUSY = Inside(PersistentTile(64, 256, 32, 8, 4, parts=2))  # for layers that do more to each number
+# rows per program of the kernel that is all of backward; exact fp32 holds no wider dw in its registers
 TOGETHER = {
-    ("half", 16): StackTile(128, 8, 2),
-    ("half", 32): StackTile(128, 8, 2),
-    ("half", 64): StackTile(128, 8, 2),
-    ("half", 128): StackTile(32, 8, 2),
-    ("tf32", 16): StackTile(64, 8, 2),
-    ("tf32", 32): StackTile(64, 8, 2),
-    ("tf32", 64): StackTile(32, 8, 2),
+    ("half", 16): StackTile(128, 4, 3),
+    ("half", 32): StackTile(64, 4, 3),
+    ("half", 64): StackTile(32, 4, 3),
+    ("half", 128): StackTile(32, 8, 3),
+    ("tf32", 16): StackTile(64, 4, 3),
+    ("tf32", 32): StackTile(64, 8, 3),
+    ("tf32", 64): StackTile(32, 4, 2),
     ("tf32", 128): StackTile(16, 8, 2),
-    ("exact", 16): StackTile(32, 4, 1),
-    ("exact", 32): StackTile(16, 8, 2),
-    ("exact", 64): StackTile(16, 8, 1),
-    ("exact", 128): StackTile(16, 8, 1),
+    ("exact", 16): StackTile(64, 8, 2),
+    ("exact", 32): StackTile(64, 8, 2),
+    ("exact", 64): StackTile(32, 8, 2),
 }
+SMALLER = {("half", 128): StackTile(16, 8, 2)}  # where a program has 99 KiB of shared memory, before sm_90
 
 
 class _Shape(NamedTuple):

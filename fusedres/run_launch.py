@@ -22,7 +22,8 @@ def tiles(x: Tensor, spec: NetworkSpec) -> StackTiles | None:
         return None
     width = spec.widths[0]
     is_skinny = x.numel() // width <= dispatch.SKINNY and not dispatch.is_batch_invariant()
-    return dispatch.stack_tiles(width, x.dtype, dispatch.precision(x.dtype), choice.target, is_skinny)
+    precision, trusts = dispatch.precision(x.dtype), choice.trusts_registers
+    return dispatch.stack_tiles(width, x.dtype, precision, choice.target, is_skinny, trusts)
 
 
 def has_tiles(device_type: str, index: int | None, dtype: torch.dtype, width: int) -> bool:

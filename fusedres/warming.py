@@ -21,6 +21,13 @@ def warmup(
     Afterwards calls of these shapes compile and build nothing, so that a CUDA graph may capture them. Gradients,
     buffers and random states stay as they were.
 
+        warmup(model, x.shape, dtype=x.dtype)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.no_grad():
+            y = model(x)
+        x.copy_(new_batch)
+        graph.replay()                     # y is there, for the price of one launch
+
     Args:
         shapes: of inputs [..., K]; one, or several.
         dtype: of inputs; where not given, that of the module's first floating parameter.

@@ -106,3 +106,4 @@ class Plan(NamedTuple):
     training: Tile | PersistentTile | Elementwise
     backward: Separate | Inside | Together
     weight: SplitTile | None
+    because: str = "reasoned, not measured"

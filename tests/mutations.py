@@ -72,7 +72,7 @@ MUTATIONS = {
     ),
     "dλ sums the branch": Mutation("kernels/triton/layer_backward.py", "in_n, g * s)", "in_n, g * g)"),
     "a row tile lost from db": Mutation(
-        "kernels/triton/layer_backward.py", "part[:, columns[name]].sum(0)", "part[:1, columns[name]].sum(0)"
+        "kernels/triton/sums.py", "(r < rows - r0)", "(r < rows - r0 - 1)", "test_layer.py"
     ),
     "post slope at z": Mutation("kernels/triton/layer.py", "g *= slope(v, ACTIVATION)", "g *= slope(z, ACTIVATION)"),
     "backward drops other rows": Mutation(
@@ -430,11 +430,11 @@ MUTATIONS = {
     "dw's last group of tiles as high as others": Mutation(
         "kernels/triton/weight_gradient.py", "height = min(GROUP, row_tiles - above)", "height = GROUP", WEIGHT
     ),
+    "sums: the total of one block alone": Mutation(
+        "kernels/triton/sums.py", "for first in range(0, n, BLOCK)", "for first in range(0, 1, BLOCK)", "test_layer.py"
+    ),
     "shares past the first 64 lost": Mutation(
-        "kernels/triton/weight_gradient.py",
-        "for s0 in range(0, splits, SHARES)",
-        "for s0 in range(0, 1, SHARES)",
-        WEIGHT,
+        "kernels/triton/sums.py", "range(0, rows, SHARES)", "range(0, 1, SHARES)", WEIGHT
     ),
     "shares rounded before they are added": Mutation(
         "kernels/triton/weight_gradient.py",
@@ -649,9 +649,14 @@ MUTATIONS |= {
     "narrow: last feature lost": Mutation(
         NARROW, "in_n, in_k = n < N, k < K", "in_n, in_k = n < N, k < K - 1", "test_narrow.py -k every_width"
     ),
-    "narrow: a program lost": Mutation(NARROW, "partial.sum(0)", "partial[:1].sum(0)", "test_narrow.py -k programs"),
+    "narrow: a program lost": Mutation(
+        "kernels/triton/sums.py", "(r < rows - r0)", "(r < 1)", "test_narrow.py -k programs"
+    ),
     "narrow: programs added in any order": Mutation(
-        NARROW, "partial.sum(0)", "partial[torch.randperm(len(partial))].sum(0)", "test_narrow.py -k two_runs"
+        NARROW,
+        "added(into, operands)",
+        "added({name: part[torch.randperm(len(part))] for name, part in into.items()}, operands)",
+        "test_narrow.py -k two_runs",
     ),
     "narrow: other rows dropped": Mutation(
         NARROW, "keeps_row(first + i,", "keeps_row(i,", "test_narrow.py -k stochastic"

@@ -198,7 +198,7 @@ def test_explain_tells_tiles(run, monkeypatch):
     device = "cuda" if HAS_GPU else "cpu"
     (call,) = json.loads(run("explain", made, "--json")[1])["calls"]
     assert call["backend"].startswith("triton")
-    assert set(call["tiles"]) == {"form", "forward", "training", "backward", "weight"}
+    assert set(call["tiles"]) == {"form", "forward", "training", "backward", "weight", "because"}
     assert call["tiles"]["forward"]["BLOCK_M"] > 0
     assert call["tiles"]["backward"]["form"] == "Together"
 

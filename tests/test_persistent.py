@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from integers import DEVICE, HAS_GPU
+from layers import Case, Shape, three_ways
 from tolerances import rule_for
 
-from fusedres import reference
-from fusedres.kernels.config import PersistentTile
+from fusedres import FusedResidualLinear, dispatch, reference
+from fusedres.kernels.config import Inside, PersistentTile, Separate, Tile
+from fusedres.kernels.record import BRANCH, LARGEST, OCTAVES, PRODUCT, SCALE, SKIP, SQUARES, SUM, Recording
 from fusedres.kernels.spec import LayerSpec, Operands, Wanted
 
 pytest.importorskip("triton")
@@ -87,20 +92,17 @@ def test_forward(spec, learned, tile, dtype):
 @pytest.mark.parametrize("tile", BACKWARD.values(), ids=BACKWARD)
 @pytest.mark.parametrize(("spec", "learned"), SPECS.values(), ids=SPECS)
 def test_dz_inside_the_product_for_dx(spec, learned, tile, dtype):
-    from fusedres.kernels.triton import layer_backward_inside
+    from fusedres.kernels.triton import layer_backward_inside, sums
 
-    names = {"bias": "dbias", "branch_scale": "dbranch_scale", "skip_scale": "dskip_scale"}
     for M, N, K in SIZES:
         operands = drawn(M, N, N if spec.skip == "identity" else K, spec, dtype, learned)
         g = torch.randn(M, N).to(DEVICE, dtype)
         truth, eager = (judged(operands, spec, g, to) for to in (torch.float64, dtype))
         _, kept = run(operands, spec, TILED, keep=spec.activation != "none")
         wanted = Wanted(*(t is not None for t in operands[:-1]))
-        dz, dx, sums = layer_backward_inside.dz_and_dx(g, operands, kept, spec, wanted, tile, "ieee", PROGRAMS)
+        dz, dx, parts = layer_backward_inside.dz_and_dx(g, operands, kept, spec, wanted, tile, "ieee", PROGRAMS)
         found = {"dx": dx, "dweight": (dz.float().t() @ operands.x.float()).to(dtype)}
-        for name, of_rows in sums.items():
-            of_rows = of_rows.sum() if name == "skip_scale" else of_rows
-            found[names[name]] = of_rows.to(dtype)
+        found |= {f"d{name}": of_rows for name, of_rows in sums.added(parts, operands).items()}
         assert found.keys() | {"y", "dresidual"} >= truth.keys()
         for name, mine in found.items():
             terms = max(1.0, M * N / truth[name].numel()) / (1 - spec.drop_path)
@@ -119,6 +121,106 @@ def test_a_row_that_is_no_number_stays_alone():
         g, wanted = torch.ones_like(y), Wanted(True, *[False] * 7)
         _, dx, _ = layer_backward_inside.dz_and_dx(g, operands, kept, spec, wanted, TILED, "ieee", PROGRAMS)
         assert dx.isnan().any(1).nonzero().flatten().tolist() == [70]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The dispatcher plans as for an H100, whose kernels the interpreter then runs."""
+    choice = dispatch.Triton("pretended", "interpreter" if not HAS_GPU else "cuda", 90)
+    monkeypatch.setattr(dispatch, "_constant_backend", lambda *facts: choice)
+    dispatch._cached_backend.cache_clear()
+    yield
+    dispatch._cached_backend.cache_clear()
+
+
+LAYERS = {
+    "identity": {"skip": "identity", "skip_scale": 0.7},
+    "residual": {"skip": "residual", "skip_scale": 0.7},
+    "post-residual": {"skip": "residual", "order": "post"},
+    "busy": {"skip": "identity", "skip_scale": "scalar", "branch_scale": "channel", "drop_path": 0.4},
+    "post": {"skip": "identity", "order": "post"},
+    "bare": {"skip": None, "bias": False},
+}
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("width", [48, 136], ids=["whole", "wide"])
+def test_from_the_module_to_the_copy_engine_and_back(width, options, hopper, monkeypatch):
+    from fusedres.kernels.triton import layer_backward, layer_narrow, layer_persistent
+
+    calls = []
+    for module, name in ((layer_persistent, "forward"), (layer_backward, "dz_and_dx"), (layer_narrow, "backward")):
+        monkeypatch.setattr(module, name, counted(calls, module.__name__, getattr(module, name)))
+    case = Case(Shape((70,), width, width), torch.float16, **options)
+    fused, eager, truth = three_ways(case, DEVICE)
+    apart = options.get("order") == "post" and options["skip"] == "residual"  # whose gradient is more than λ g
+    inside = [] if apart else ["backward"]
+    assert [name.rpartition("_")[2] for name in calls] == ["persistent", *(["narrow"] if width == 48 else inside)]
+    for name in truth:
+        terms = max(1.0, truth["y"].numel() / truth[name].numel()) / (1 - case.drop_path)
+        rule_for(torch.float16, name).check(name, fused[name], eager[name], truth[name], terms)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counts what the interpreter runs")
+@pytest.mark.parametrize(
+    ("width", "is_hopper", "forward", "backward"),
+    [(48, True, 1, 2), (136, True, 1, 2), (136, False, 1, 3)],
+    ids=["one-kernel", "dz-inside", "in-pieces"],
+)
+def test_how_many_launches_a_step_takes(width, is_hopper, forward, backward, monkeypatch, request):
+    """Beside the library's product for dw, which only the one kernel does without."""
+    from triton.runtime.interpreter import GridExecutor
+
+    if is_hopper:
+        request.getfixturevalue("hopper")
+    launches: list[int] = []
+    run_one = GridExecutor.__call__
+    monkeypatch.setattr(
+        GridExecutor, "__call__", lambda self, *given, **named: (launches.append(1), run_one(self, *given, **named))[1]
+    )
+    layer, x = FusedResidualLinear(width, dtype=torch.float16), torch.randn(70, width, dtype=torch.float16)
+    y = layer(x.requires_grad_())
+    assert len(launches) == forward
+    y.sum().backward()
+    assert len(launches) == forward + backward
+
+
+def counted(calls: list[str], name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *given, **named: (calls.append(name), call(*given, **named))[1]
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+@pytest.mark.parametrize("skip", ["identity", "none"])
+def test_what_is_recorded_of_a_gradient_that_others_have_written(skip, order):
+    """The halves of dx, from dz inside the product and from the library's, are those of the kernel that records."""
+    from fusedres.kernels.triton import layer_backward
+
+    spec = LayerSpec("gelu", order, skip, skip_scale=0.5)
+    operands = drawn(70, 40, 40, spec, torch.float32)
+    g, (_, kept) = torch.randn(70, 40).to(DEVICE), run(operands, spec, TILED, keep=True)
+    tile, wanted = Tile(32, 32, 32, 4, 2), Wanted(True, *[False] * 7)
+    found = []
+    for form in (Separate(tile, tile), Separate(tile, None), Inside(TILED)):
+        noted = Recording(2.0, lambda row, parts: found.append(totals(parts)), 0)
+        layer_backward.backward(g, operands, kept, None, spec, wanted, form, None, "ieee", PROGRAMS, noted)
+    first, *others = found
+    assert len(others) == 2
+    for other in others:
+        torch.testing.assert_close(other[:OCTAVES], first[:OCTAVES], rtol=1e-4, atol=0)
+        assert other[OCTAVES:].sum() == first[OCTAVES:].sum() == 70 * 40
+    assert (first[SKIP] > 0) == (skip == "identity")
+
+
+def totals(parts: torch.Tensor) -> torch.Tensor:
+    """One row of numbers from the parts of one gradient, its unit taken out of its sums."""
+    rows = parts.flatten(0, 1).double().cpu()
+    unit = rows[:, SCALE].clone()
+    for at, power in ((SUM, 1), (SQUARES, 2), (BRANCH, 2), (SKIP, 2), (PRODUCT, 2)):
+        rows[:, at] *= unit**power
+    largest = rows[:, LARGEST].max()
+    found = rows.sum(0)
+    found[LARGEST], found[SCALE] = largest, 0
+    return found
 
 
 def test_what_the_copy_engine_takes():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedres import measured, plans
+from fusedres import assembler, dispatch, measured, plans
 from fusedres.dispatch import Triton
 from fusedres.kernels.config import (
     Elementwise,
@@ -133,6 +133,37 @@ def test_what_forward_keeps_is_known_without_memory():
         assert isinstance(plan_for(4096, N, 128, skip=skip).backward, Together) is alone
 
 
+# ------------------------------------------------------------------------------------------------ which assembler
+
+
+def test_products_out_of_registers_want_an_assembler_that_is_trusted(tmp_path, monkeypatch):
+    """On Hopper: ptxas 13.3, or a sweep of that GPU with the older one."""
+    gpu = H100.gpu
+    monkeypatch.setattr(assembler, "SWEPT", tmp_path / "swept.json")
+    assembler._swept.cache_clear()
+    assert not assembler.trusts_register_operands(gpu, 90, "12.8")
+    assert not assembler.trusts_register_operands(gpu, 90, "13.2")
+    assert not assembler.trusts_register_operands(gpu, 90, "unknown")
+    assert assembler.trusts_register_operands(gpu, 90, "13.3")
+    assert assembler.trusts_register_operands(gpu, 90, "14.0")
+    assert assembler.trusts_register_operands(gpu, 80, "12.8")
+    assert assembler.trusts_register_operands(gpu, 100, "12.8")
+    assembler.SWEPT.write_text(json.dumps({"sweeps": [{"gpu": gpu, "ptxas": "12.8"}]}))
+    assembler._swept.cache_clear()
+    assert assembler.trusts_register_operands(gpu, 90, "12.8")
+    assert not assembler.trusts_register_operands("another", 90, "12.8")
+    assembler._swept.cache_clear()
+
+
+def test_without_trust_no_operand_is_in_registers():
+    wary = Triton("", "cuda", 90, H100.gpu, trusts_registers=False)
+    assert isinstance(plan_for(4096, 512, 512, choice=wary).backward, Separate)
+    assert isinstance(plan_for(4096, 512, 512, choice=wary).forward, PersistentTile)
+    tiles = dispatch.stack_tiles(64, HALF, "ieee", "cuda", False, trusts_registers=False)
+    assert max(tile.BLOCK_M for tile in tiles) <= 32, "fewer rows than Hopper's asynchronous products take"
+    assert max(tile.BLOCK_M for tile in dispatch.stack_tiles(64, HALF, "ieee", "cuda", False)) > 32
+
+
 # ------------------------------------------------------------------------------------------------ measured
 
 
@@ -141,6 +172,7 @@ MEASURED = Plan(
     Tile(32, 32, 32, 4, 2),
     Separate(Tile(16, 32, 32, 4, 2), None),
     SplitTile(64, 64, 64, 4, 3, 8, True),
+    f"measured on {H100.gpu}, 2026-01-02",
 )
 
 
@@ -148,7 +180,8 @@ MEASURED = Plan(
 def on_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def write(plan: Plan, N: int, mode: str = "bf16") -> None:
         row = {"N": N, "K": N, "mode": mode, "is_skinny": False, "plan": measured.encoded(plan)}
-        measured.file(H100.gpu).write_text(json.dumps({"gpu": H100.gpu, "layers": [row]}))
+        record = {"gpu": H100.gpu, "date": "2026-01-02", "layers": [row]}
+        measured.file(H100.gpu).write_text(json.dumps(record))
         measured._plans.cache_clear()
         plans.plan_of.cache_clear()
 
@@ -197,11 +230,15 @@ def test_a_narrow_layer_measured_faster_in_pieces_keeps_what_these_read(on_file)
 def test_plans_go_to_json_and_back():
     for plan in (MEASURED, plan_for(4096, 64, 64), plan_for(4096, 512, 512), plan_for(4096, 512, 512, torch.float32)):
         assert measured.decoded(json.loads(json.dumps(measured.encoded(plan)))) == plan
+    assert "not measured" in plan_for(4096, 64, 64).because
 
 
 def test_tiles_that_are_committed_can_be_read():
     for path in measured.FOLDER.glob("*.json"):
         record = json.loads(path.read_text())
+        if path == assembler.SWEPT:
+            assert all({"gpu", "ptxas", "seeds", "commit"} <= sweep.keys() for sweep in record["sweeps"])
+            continue
         assert path == measured.file(record["gpu"])
         assert {"torch", "triton", "ptxas", "date", "commit"} <= record.keys()
         assert measured._plans(record["gpu"])

@@ -159,7 +159,7 @@ def test_explain_tells_backend_sizes_and_tiles(backend, device, fused, capsys):
         details = ("way lanes, because every width is below 16", "computed again in backward")
     else:
         assert isinstance(call.tiles, Plan)
-        details = ("BLOCK_M=16", "z recomputed")
+        details = ("BLOCK_M=16", "z recomputed", "reasoned, not measured")
     printed = capsys.readouterr().out
     assert printed.strip() == str(explanation)
     for words in ("[6, 6] -> [6, 4] torch.float32", fused, call.choice.because, *details):
@@ -393,7 +393,7 @@ SPECIALISATIONS = """
                 x = laid_out(torch.randn(M, layer.in_features, dtype={dtype})).requires_grad_()
                 loss(layer(x)).backward()
             found = {{kernel for kernel, *_ in keys}}
-            assert found == set({kernels}) or (name != "dense" and {capability} == 90), keys
+            assert found == {{*{kernels}, "_add_kernel"}} or (name != "dense" and {capability} == 90), keys
             for (kernel, *_), rows in keys.items():
                 # one row of a wider matrix is dense, more are not; a tile may serve either class
                 one = set() if name == "dense" else {{1}}
@@ -409,7 +409,7 @@ POINTERS = ("_forward_kernel", "_dz_kernel", "_dx_kernel")
     ("options", "capability", "kernels"),
     [
         ("64", 80, ("_forward_kernel", "_backward_kernel")),
-        ("67", 80, ("_forward_kernel", "_backward_kernel")),
+        ("61", 80, ("_forward_kernel", "_backward_kernel")),
         ("64, learn_skip_scale=True, drop_path=0.3", 80, ("_forward_kernel", "_backward_kernel")),
         ("131", 80, (*POINTERS, "_finish_kernel")),
         ("64, 40, skip='projection', order='post'", 80, POINTERS),

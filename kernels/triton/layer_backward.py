@@ -6,7 +6,7 @@
     dw = dzᵀ x      dp = dsᵀ x
     g, y [M, S + N]   kept, dz [M, N]   s, ds [M, N], with concat [M, S]   the rest as in layer.py
 
-The sums leave the kernel as one row per row tile, [tiles of M, S + N] in fp32, and are added in that order.
+The sums leave the kernel as one row per row tile, [tiles of M, N] in fp32, and sums.py adds them in that order.
 """
 
 import torch
@@ -23,6 +23,7 @@ from .layer_backward_inside import dz_and_dx, skip_of_inside
 from .layer_persistent import is_described
 from .philox import drop_rows
 from .record import factor, fresh_rows, record, record_after
+from .sums import added
 from .tile import add_bias, branch_scale, load, place, product, row_tile, scale, store
 from .weight_gradient import weight_gradient
 
@@ -55,7 +56,7 @@ def _dz_kernel(
             m, n, in_m, in_n = place(M, S, first_copy, BLOCK_M, BLOCK_N)
             g = load(g_ptr, stride_gm, m, n, in_m, in_n)
             r = load(r_ptr, stride_rm, m, n, in_m, in_n)
-            _store_sum(dlam_ptr, row_tile(S, first_copy, BLOCK_N), S + N, n, in_n, g * r)
+            _store_sum(dlam_ptr, row_tile(S, first_copy, BLOCK_N), S, n, in_n, g * r)
             return
 
     # place: this program owns rows m, columns n of z
@@ -93,16 +94,16 @@ def _dz_kernel(
     if ds_ptr is not None:
         store(ds_ptr, N, m, n, in_m, in_n, lam * g)
     if dc_ptr is not None:
-        _store_sum(dc_ptr, tile, S + N, S + n, in_n, lam * g)
+        _store_sum(dc_ptr, tile, N, n, in_n, lam * g)
     if dlam_ptr is not None and not IS_CONCAT:
-        _store_sum(dlam_ptr, tile, S + N, S + n, in_n, g * s)
+        _store_sum(dlam_ptr, tile, N, n, in_n, g * s)
 
     # branch: dz and the sums that belong to it
     store(dz_ptr, N, m, n, in_m, in_n, dz)
     if da_ptr is not None:
-        _store_sum(da_ptr, tile, S + N, S + n, in_n, gb * (z if IS_POST else activate(z, ACTIVATION)))
+        _store_sum(da_ptr, tile, N, n, in_n, gb * (z if IS_POST else activate(z, ACTIVATION)))
     if db_ptr is not None:
-        _store_sum(db_ptr, tile, S + N, S + n, in_n, dz)
+        _store_sum(db_ptr, tile, N, n, in_n, dz)
 
 
 @triton.jit(do_not_specialize=["M", "lam"])
@@ -148,14 +149,15 @@ def backward(
     recording: Recording | None = None,
 ) -> Gradients:
     """The wanted gradients; g [M, S + N] of any strides, operands as matrices, kept and s as forward left them."""
-    x, weight, bias, residual, p, c, lam, a, _ = operands
+    x, weight, _, residual, p, _, lam, _, _ = operands
     g, x = rows(g), rows(x)
     N = weight.shape[0]
     S = g.shape[1] - N
-    operands, learned = operands._replace(x=x), lam
+    operands = operands._replace(x=x)
     if isinstance(form, Inside):
-        dz, dx, sums = dz_and_dx(g, operands, kept, spec, wanted, form.dx, precision, multiprocessors)
-        if recording is not None:
+        dz, dx, parts = dz_and_dx(g, operands, kept, spec, wanted, form.dx, precision, multiprocessors)
+        sums = added(parts, operands)
+        if recording is not None and wanted.x:
             record_after(recording, dx, skip_of_inside(g, kept, operands, spec))
         ds = None
     else:
@@ -178,14 +180,14 @@ def backward(
 
     dp = _scaled(product(ds, torch.float32), lam, fixed) if wanted.projection_weight else None
     return Gradients(
-        x=dx,
+        x=dx if wanted.x else None,
         weight=product(dz, weight.dtype) if wanted.weight else None,
-        bias=sums["bias"].to(bias.dtype) if wanted.bias else None,
+        bias=sums.get("bias"),
         residual=dresidual,
         projection_weight=dp.to(p.dtype) if wanted.projection_weight else None,
-        projection_bias=sums["projection_bias"].to(c.dtype) if wanted.projection_bias else None,
-        skip_scale=sums["skip_scale"].sum().to(learned.dtype) if wanted.skip_scale else None,
-        branch_scale=sums["branch_scale"].sum_to_size(a.shape).to(a.dtype) if wanted.branch_scale else None,
+        projection_bias=sums.get("projection_bias"),
+        skip_scale=sums.get("skip_scale"),
+        branch_scale=sums.get("branch_scale"),
     )
 
 
@@ -215,8 +217,12 @@ def _dz(
         ds = x.new_empty(M, N, dtype=x.dtype if residual is None else residual.dtype)
 
     names = [name for name in ("bias", "branch_scale", "skip_scale", "projection_bias") if getattr(wanted, name)]
-    partial = x.new_empty(len(names), triton.cdiv(M, tile.BLOCK_M), S + N, dtype=torch.float32)
-    into = dict(zip(names, partial.unbind(), strict=True))
+    # of concat, λ's sum is over the front of g, and the others over the rest
+    fronts = {name: is_concat and name == "skip_scale" for name in names}
+    into = {
+        name: x.new_empty(triton.cdiv(M, tile.BLOCK_M), S if is_front else N, dtype=torch.float32)
+        for name, is_front in fronts.items()
+    }
 
     copies = S if sums_skip else 0
     programs = triton.cdiv(M, tile.BLOCK_M) * (triton.cdiv(N, tile.BLOCK_N) + triton.cdiv(copies, tile.BLOCK_N))
@@ -235,9 +241,7 @@ def _dz(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
-    # each sum in memory of its own: gradients that shared theirs would share its version, and its file when saved
-    columns = {name: slice(S) if is_concat and name == "skip_scale" else slice(S, None) for name in names}
-    return dz, ds, {name: part[:, columns[name]].sum(0) for name, part in into.items()}
+    return dz, ds, added(into, operands)
 
 
 def needs_skip(spec: LayerSpec, wants_skip_scale: bool, has_slope: bool) -> bool:

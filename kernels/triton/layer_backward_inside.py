@@ -5,7 +5,7 @@
     g, kept, dz [M, N]   dx [M, K]   w [N, K]   s [M, N]        the rest as in layer_backward.py
 
 A program owns a tile of dx and makes the dz of its rows as the product goes through them. The programs of the first
-columns write it, for dw, and its sums over rows: a row of partial sums per tile of rows, added by torch in that order.
+columns write it, for dw, and its sums over rows: a row of partial sums per tile of rows, added in that order.
 """
 
 import torch
@@ -120,9 +120,9 @@ def dz_and_dx(
     precision: str,
     multiprocessors: int,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """dz [M, N], dx [M, K], and the wanted sums over rows [N] in fp32, by name.
+    """dz [M, N], dx [M, K], and the wanted sums over rows in fp32, by name, in parts [tiles of M, N].
 
-    The skip is none, an identity, or a residual whose gradient is g; where a is learned, φ is before the sum.
+    The skip is none, an identity, or a residual whose gradient is λ g; where a is learned, φ is before the sum.
     """
     _, w, _, _, _, _, lam, a, seed = operands
     (M, N), K = g.shape, w.shape[1]
@@ -131,8 +131,7 @@ def dz_and_dx(
     dz, dx = operands.x.new_empty(M, N), operands.x.new_empty(M, K)
 
     names = [name for name in ("bias", "branch_scale", "skip_scale") if getattr(wanted, name)]
-    partial = dz.new_empty(len(names), triton.cdiv(M, tile.BLOCK_M), N, dtype=torch.float32)
-    into = dict(zip(names, partial.unbind(), strict=True))
+    into = {name: dz.new_empty(triton.cdiv(M, tile.BLOCK_M), N, dtype=torch.float32) for name in names}
     part, step = [tile.BLOCK_M, tile.BLOCK_N // tile.parts], [tile.BLOCK_M, tile.BLOCK_K]
     has_skip = spec.skip == "identity"
     tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(K, tile.BLOCK_N)
@@ -151,7 +150,7 @@ def dz_and_dx(
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, PARTS=tile.parts, GROUP=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return dz, dx, {name: sums.sum(0) for name, sums in into.items()}
+    return dz, dx, into
 
 
 def skip_of_inside(g: Tensor, kept: Tensor | None, operands: Operands, spec: LayerSpec) -> Tensor | None:

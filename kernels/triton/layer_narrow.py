@@ -6,8 +6,8 @@
     x, dx [M, K]   g, ds [M, N]   w, dw [N, K]   b, db, da, dλ [N]   s [M, N], the residual r, or x itself
 
 A program goes through tiles of rows; w stays. A tile is read once, while the one before it is computed, z is multiplied
-again, and sums stay in registers, in fp32, until the last tile. Programs leave theirs as [programs, …], and torch adds
-them in the order of programs.
+again, and sums stay in registers, in fp32, until the last tile. Programs leave theirs as [programs, …], and sums.py
+adds them in the order of programs.
 
 Tiles are turned, features first, [N, BLOCK_M] and [K, BLOCK_M]. So a sum over rows is one over numbers of one thread,
 or of four; warps share dw among them; and no product's first operand has just been computed: Hopper would take it from
@@ -28,6 +28,7 @@ from .layer_backward import needs_skip
 from .philox import keeps_row
 from .record import factor, fresh_rows, record
 from .stack import operand, padded
+from .sums import added
 from .tile import branch_scale, scale, store
 
 
@@ -192,16 +193,16 @@ def backward(
 
     if parts is not None:
         recording.note(parts)
-    sums = {name: partial.sum(0) for name, partial in into.items()}
+    sums = added(into, operands)
     return Gradients(
         x=dx,
-        weight=sums["weight"].to(w.dtype) if wanted.weight else None,
-        bias=sums["bias"].to(b.dtype) if wanted.bias else None,
+        weight=sums.get("weight"),
+        bias=sums.get("bias"),
         residual=(g.to(residual.dtype) if ds is None else ds) if wanted.residual else None,
         projection_weight=None,
         projection_bias=None,
-        skip_scale=sums["skip_scale"].sum().to(lam.dtype) if wanted.skip_scale else None,
-        branch_scale=sums["branch_scale"].sum_to_size(a.shape).to(a.dtype) if wanted.branch_scale else None,
+        skip_scale=sums.get("skip_scale"),
+        branch_scale=sums.get("branch_scale"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Sums over rows that several programs have left in parts, added in one order and rounded once; all of a layer's at once.
+"""Sums over rows that programs have left in parts, added in one order and rounded once; all of a layer's in one launch.
 
 out_i = Σ_r part_i[r, :]        part_i [rows, n_i] fp32        out_i [n_i], or one number, Σ over columns too
 """
@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NUMBERS, SIDE_BY_SIDE = 4096, 64  # that a program adds at a time, and the rows among them
+from ..spec import Operands
+
+SIDE_BY_SIDE, BLOCK = 64, 64  # rows and columns that a program adds at a time
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -37,7 +39,7 @@ def add(
         blocks = 1 if IS_TOTAL else tl.cdiv(n, BLOCK)
         if (block >= 0) & (block < blocks):
             if IS_TOTAL:
-                total = 0.0
+                total = tl.zeros((), tl.float32)
                 for first in range(0, n, BLOCK):
                     total += tl.sum(column_sums(part_ptr, n, rows, first, SHARES, BLOCK), axis=0)
                 tl.store(out_ptr, total.to(out_ptr.dtype.element_ty))
@@ -61,20 +63,28 @@ def column_sums(part_ptr, n, rows, first, SHARES: tl.constexpr, BLOCK: tl.conste
     return tl.sum(total, axis=0)
 
 
-def add_rows(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Σ over rows of up to five parts [rows, …], each in memory of its own, shaped and typed as its `like`."""
-    outs = [t.new_empty(t.shape) for t in like]
-    if not outs:
-        return outs
-    rows = parts[0].shape[0]
+def add_rows(parts: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    """Σ over rows of up to five parts [rows, …], as many rows of each, into dense tensors; of one number the total."""
+    rows = parts[0].shape[0] if parts else 0
+    if rows == 0:
+        for out in into:
+            out.zero_()
+        return
     columns = [part.numel() // rows for part in parts]
-    are_totals = [t.numel() == 1 for t in outs]
-    shares = min(SIDE_BY_SIDE, triton.next_power_of_2(rows))
-    size = NUMBERS // shares
-    blocks = sum(1 if is_total else triton.cdiv(n, size) for n, is_total in zip(columns, are_totals, strict=True))
-    sections = list(zip(outs, parts, columns, strict=True)) + [(None, None, 0)] * (5 - len(outs))
+    are_totals = [out.numel() == 1 for out in into]
+    blocks = sum(1 if is_total else triton.cdiv(n, BLOCK) for n, is_total in zip(columns, are_totals, strict=True))
+    sections = [*zip(into, parts, columns, strict=True), *[(None, None, 0)] * (5 - len(parts))]
     _add_kernel[(blocks,)](
         *(value for section in sections for value in section), rows,
-        SHARES=shares, BLOCK=size, TOTALS=sum(is_total << i for i, is_total in enumerate(are_totals)), num_warps=4,
+        SHARES=SIDE_BY_SIDE, BLOCK=BLOCK, TOTALS=sum(is_total << i for i, is_total in enumerate(are_totals)),
+        num_warps=4,
     )  # fmt: skip
-    return outs
+
+
+def added(parts: dict[str, Tensor], operands: Operands) -> dict[str, Tensor]:
+    """The gradients of the operands whose parts these are, each in memory of its own: shared, it would be in one file
+    when one of them is saved."""
+    into = {name: getattr(operands, name) for name in parts}
+    into = {name: t.new_empty(t.shape) for name, t in into.items()}
+    add_rows(list(parts.values()), list(into.values()))
+    return into

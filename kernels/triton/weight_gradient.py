@@ -3,8 +3,8 @@
     dw = dzᵀ x        dz [M, N]   x [M, K]   dw [N, K]
 
 M is large, and dw has too few tiles to fill a GPU. So the rows, in steps of BLOCK_M, go in `splits` shares to programs
-of their own: each leaves a tile of parts [splits, N, K] in fp32, and a second kernel adds these, in one order, and
-rounds once. A single share is rounded to dw at once.
+of their own: each leaves a tile of parts [splits, N, K] in fp32, and sums.py adds these, in one order, and rounds
+once. A single share is rounded to dw at once.
 
 An item of work is a tile and a share. Items of a share are neighbours, so that its rows come from memory once, and from
 a cache for all but the first tile that reads them. By pointers a program has one item; by descriptors, whose rows begin
@@ -18,10 +18,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config import SplitTile
+from .sums import add_rows
 from .tile import store
 
 GROUP = tl.constexpr(16)  # tiles in a column of a wave of programs: 16 x 128 columns of dz meet as many of x
-SUM_NUMBERS, SUM_SHARES = 4096, 64  # of parts that a program adds at a time, and the shares among them
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -102,24 +102,6 @@ def _part(ptr, split, N, K):
     return ptr + split.to(tl.int64) * N * K
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _sum_kernel(dw_ptr, parts_ptr, size, splits, SHARES: tl.constexpr, BLOCK: tl.constexpr):
-    # place: this program owns numbers i of dw
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.arange(0, SHARES)
-    in_i = i < size
-
-    # accumulate: SHARES of them side by side, and these at the end
-    part = parts_ptr + s[:, None].to(tl.int64) * size + i[None, :]
-    total = tl.zeros((SHARES, BLOCK), tl.float32)
-    for s0 in range(0, splits, SHARES):
-        in_s = s < splits - s0
-        total += tl.load(part, mask=in_s[:, None] & in_i[None, :], other=0.0)
-        part += tl.cast(SHARES, tl.int64) * size
-
-    tl.store(dw_ptr + i, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=in_i)
-
-
 def weight_gradient(
     dz: Tensor,
     x: Tensor,
@@ -145,7 +127,5 @@ def weight_gradient(
         _pointer_kernel[(items,)](into, dz, dz.stride(0), x, x.stride(0), M, N, K, splits, **compiled)
 
     if splits > 1:
-        shares = min(SUM_SHARES, triton.next_power_of_2(splits))
-        block = SUM_NUMBERS // shares
-        _sum_kernel[(triton.cdiv(N * K, block),)](dw, into, N * K, splits, SHARES=shares, BLOCK=block, num_warps=4)
+        add_rows([into], [dw])
     return dw
