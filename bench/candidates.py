@@ -38,7 +38,7 @@ def candidates(facts: plans.Facts, rows: int, multiprocessors: int, most: int = 
     found = {
         "forward": _few([plans._heuristic(facts).forward, *_forwards(pieces)], pieces, most),
         "training": _few([own.training, *_forwards(pieces)], pieces, most),
-        "backward": _few([own.backward, *_backwards(pieces, own.backward)], pieces, most),
+        "backward": _few([own.backward, *_backwards(pieces)], pieces, most),
         "weight": _few([None, *_weights(pieces, rows, multiprocessors)], pieces, most),
     }
     if facts.is_together:
@@ -62,22 +62,16 @@ def _forwards(facts: plans.Facts) -> list[Tile | PersistentTile | Elementwise]:
     if facts.is_skinny:
         return [*_pointers(facts, facts.N, facts.K), Elementwise(16, 64, 4)]
     widest = max(facts.N, facts.K)
-    descriptors = TILED[plans._kind(facts)]
+    descriptors = TILED[_kind(facts)]
     if widest <= plans.WHOLE_UP_TO and facts.dtype.itemsize == 2:
         own = plans.WHOLE[plans._power_of_two(widest, 64, plans.WHOLE_UP_TO)]
-        descriptors = [*_around_whole(own), *descriptors]
-    pointers = _pointers(facts, facts.N, facts.K)
-    return [
-        plans.ELEMENTWISE,
-        *descriptors[:5],
-        *pointers[:1],
-        Elementwise(16, 256, 4),
-        *descriptors[5:],
-        *pointers[1:],
-    ]
+        descriptors = [*_around_whole(own), *(tile for tile in descriptors if widest >= tile.BLOCK_N)]
+    own, *pointers = _pointers(facts, facts.N, facts.K)
+    library = [plans.ELEMENTWISE, Elementwise(16, 256, 4)]
+    return [library[0], *descriptors[:4], pointers[0], library[1], *descriptors[4:], *pointers[1:], own]
 
 
-def _backwards(facts: plans.Facts, own: Any) -> list[Separate | Inside]:
+def _backwards(facts: plans.Facts) -> list[Separate | Inside]:
     """The library's dx is never far from the first; dz by itself is a pass, which tiles of any shape make."""
     dz = plans._tile(facts, facts.N, facts.K, "dz")
     products = _pointers(facts, facts.K, facts.N)
@@ -89,16 +83,27 @@ def _backwards(facts: plans.Facts, own: Any) -> list[Separate | Inside]:
 
 
 def _togethers(own: StackTile) -> list[Together]:
-    taller, lower = own._replace(BLOCK_M=2 * own.BLOCK_M), own._replace(BLOCK_M=max(16, own.BLOCK_M // 2))
-    deeper, other = own._replace(stages=own.stages + 1), own._replace(warps=12 - own.warps)
-    rows = [own, lower, deeper, other, taller, lower._replace(stages=own.stages + 1), lower._replace(warps=other.warps)]
+    """Around the heuristic's, most of them lighter: its own is the largest that does not spill."""
+    lower = own._replace(BLOCK_M=max(16, own.BLOCK_M // 2))
+    stages = 2 if own.stages == 3 else 3
+    wide = own._replace(warps=8)
+    taller = wide._replace(BLOCK_M=2 * own.BLOCK_M)
+    rows = [
+        own,
+        own._replace(stages=stages),
+        lower,
+        wide,
+        lower._replace(stages=stages),
+        lower._replace(warps=8),
+        taller,
+    ]
     return [Together(tile) for tile in rows]
 
 
 def _weights(facts: plans.Facts, rows: int, multiprocessors: int) -> list[SplitTile]:
     """Shares of the rows so that all tiles of dw together fill the GPU once, or twice by pointers."""
     found = []
-    for block_n, block_k, block_m, warps, stages, by_descriptors in SPLIT[plans._kind(facts)]:
+    for block_n, block_k, block_m, warps, stages, by_descriptors in SPLIT[_kind(facts)]:
         block_n, block_k = _clipped(facts.N, block_n), _clipped(facts.K, block_k)
         tiles = -(-facts.N // block_n) * -(-facts.K // block_k)
         most = max(1, rows // (2 * block_m))  # two steps to a share at least
@@ -110,9 +115,13 @@ def _weights(facts: plans.Facts, rows: int, multiprocessors: int) -> list[SplitT
 def _pointers(facts: plans.Facts, columns: int, depth: int) -> list[Tile]:
     """Tiles by pointers for an output of so many columns and products of this depth; the heuristic's first."""
     own = plans._tile(facts, columns, depth, "product")
-    shapes = (SKINNY if facts.is_skinny else POINTERS)[plans._kind(facts)]
+    shapes = (SKINNY if facts.is_skinny else POINTERS)[_kind(facts)]
     tiles = [Tile(m, _clipped(columns, n), _clipped(depth, k), warps, stages) for m, n, k, warps, stages in shapes]
     return [own, *tiles]
+
+
+def _kind(facts: plans.Facts) -> str:
+    return "half" if facts.dtype.itemsize == 2 else "exact" if facts.is_exact_fp32 else "tf32"
 
 
 def _clipped(size: int, largest: int) -> int:
@@ -121,13 +130,8 @@ def _clipped(size: int, largest: int) -> int:
 
 def _around_whole(own: PersistentTile) -> list[PersistentTile]:
     """w in shared memory leaves a tile's height, what is in flight, and how many programs share a multiprocessor."""
-    fewer = max(1, own.residents // 2)
-    return [
-        own,
-        own._replace(BLOCK_M=128, residents=fewer),
-        own._replace(stages=own.stages - 1),
-        own._replace(parts=min(4, 2 * own.parts)),
-    ]
+    taller = [own._replace(BLOCK_M=128, residents=max(1, own.residents // 2))] if own.BLOCK_N == 64 else []
+    return [own, own._replace(stages=own.stages - 1), own._replace(parts=min(4, 2 * own.parts)), *taller]
 
 
 TILED = {
@@ -146,11 +150,11 @@ INSIDE = [
     plans.INSIDE.dx,
     plans.INSIDE_BUSY.dx,
     PersistentTile(128, 128, 64, 8, 3, parts=2),
-    PersistentTile(128, 128, 32, 4, 4, parts=4, residents=2),
+    PersistentTile(64, 128, 64, 4, 3, parts=2, residents=2),
 ]
 POINTERS = {  # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages
-    "half": [(128, 128, 64, 4, 3), (128, 128, 32, 8, 4), (64, 128, 64, 4, 4)],
-    "tf32": [(128, 128, 32, 4, 3), (64, 128, 32, 4, 4)],
+    "half": [(128, 64, 64, 8, 3), (64, 128, 64, 8, 3), (128, 128, 32, 8, 3)],
+    "tf32": [(64, 128, 32, 8, 3), (64, 64, 32, 4, 4), (128, 64, 32, 8, 2)],
     "exact": [(128, 64, 16, 8, 3), (64, 64, 32, 8, 2)],
 }
 SKINNY = {

@@ -66,7 +66,8 @@ else
     stage versions 10 versions.txt "$PYTHON" bench/timing.py
     # every option is a kernel of its own to compile; what is slow needs no GPU
     stage tests 160 tests.log "${TEST[@]}" ${XDIST[@]+"${XDIST[@]}"} -m "not slow" tests
-    stage exact 75 run.log "$PYTHON" bench/exact.py --seeds 4 --budget-s 62 --out "$OUT/exact.json"
+    stage exact 75 run.log "$PYTHON" bench/exact.py --seeds 4 --budget-s 62 --out "$OUT/exact.json" \
+        --record "$OUT/swept.json"
     TAIL=60 stage layer 90 run.log "${BENCH[@]}" --benchmark-results "$OUT/layer.json" --benchmark-total 70 \
         --benchmark-budget 1.5 --benchmark-compile-limit 20 -k "cuda and layer"
     TAIL=60 stage stack 65 run.log "${BENCH[@]}" --benchmark-results "$OUT/stack.json" --benchmark-total 45 \

@@ -52,6 +52,7 @@ class Queued(Cuda):
             super().flush()
 
 
+PARTS = ("forward", "training", "backward", "weight")
 STEPS = {"together": ("forward", "together"), "pieces": ("training", "backward", "weight")}  # of training
 Times = dict[str, Quartiles]
 Timer = Callable[[dict[str, Callable[[], Any]]], Times]
@@ -117,7 +118,7 @@ def tuned(facts: plans.Facts, rows: int, is_together: bool | None, workers: Work
         "mode": facts.mode,
         "is_skinny": facts.is_skinny,
         "rows": rows,
-        "plan": measured.encoded(Plan(**{part: chosen[part] for part in Plan._fields})),
+        "plan": measured.encoded(Plan(**{part: chosen[part] for part in PARTS}, because="the fastest tried")),
         "milliseconds": {
             part: {name: float(f"{time.median:.4g}") for name, time in times.items()}
             for part, times in milliseconds.items()
@@ -139,13 +140,26 @@ def why_not(call: Callable[[], Any]) -> str:
 
 
 def facts_of(width: int, mode: str, rows: int) -> plans.Facts:
-    """Of a plain square layer, as the heuristic sees it: with no GPU's name, nothing measured."""
+    """Of a plain square layer, as the heuristic sees it: with no GPU's name, nothing measured.
+
+    Every assembler is trusted, since candidates are compared themselves; dispatch asks again.
+    """
     dtype, precision = MODES[mode]
     target = "hip" if torch.version.hip else "cuda"  # the interpreter knows what the newest chips do
     has_descriptors = not torch.version.hip and capability() >= 90 and width * dtype.itemsize % 16 == 0
-    is_skinny = rows <= dispatch.SKINNY
     return plans.Facts(
-        width, width, dtype, precision, "identity", target, capability(), "", is_skinny, has_descriptors, "plain"
+        N=width,
+        K=width,
+        dtype=dtype,
+        precision=precision,
+        skip="identity",
+        target=target,
+        capability=capability(),
+        gpu="",
+        is_skinny=rows <= dispatch.SKINNY,
+        is_described=has_descriptors,
+        trusts_registers=True,
+        work="plain",
     )
 
 
