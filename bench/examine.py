@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -192,7 +192,11 @@ class Workers:
         if self.jobs == 0:
             return [examined(job) for job in jobs]
         self.pool = self.pool or self._fresh(self.jobs)
-        found = [_answer(future) for future in [self.pool.submit(examined, job) for job in jobs]]
+        futures: list[Future[Finding]] = []
+        with suppress(BrokenProcessPool):  # it may die before all are asked
+            for job in jobs:
+                futures.append(self.pool.submit(examined, job))
+        found = [_answer(future) for future in futures] + [None] * (len(jobs) - len(futures))
         if None in found:
             self.close()
         return [self._alone(job) if finding is None else finding for job, finding in zip(jobs, found, strict=True)]

@@ -77,8 +77,8 @@ def sizes_are_powers_of_two(form: object) -> bool:
 
 def test_every_layer_can_take_the_library_with_one_kernel_around_it():
     """So that nothing is slower than that."""
-    for width, mode in product((64, 512, 8192), MODES):
-        found = candidates(facts_of(width, mode), 65536, 132)
+    for width, mode, is_skinny in product((64, 512, 8192), MODES, (False, True)):
+        found = candidates(facts_of(width, mode, is_skinny), 64 if is_skinny else 65536, 132)
         for part in ("forward", "training"):
             assert any(isinstance(form, Elementwise) for form in found[part])
         assert any(isinstance(form, Separate) and form.dx is None for form in found["backward"])
@@ -99,6 +99,20 @@ def test_shares_fill_the_gpu_and_have_two_steps():
 def test_a_right_candidate_is_eligible():
     for part, forms in candidates(facts_of(32), 72, 3, most=1).items():
         assert examined(Job(part, forms[0], facts_of(32))) == Finding(), part
+
+
+def test_each_part_is_what_it_is_called():
+    facts = facts_of(32)
+    subject = tune.Subject.of(facts, 8)
+    got = {part: subject.call(part, forms[0])() for part, forms in candidates(facts, 8, 1).items()}
+    assert got["forward"][1] is None
+    assert got["training"][1].dtype == subject.kept.dtype
+    assert got["backward"].x is not None
+    assert got["backward"].bias is not None
+    assert got["backward"].weight is None
+    assert got["weight"].shape == got["together"].weight.shape == (32, 32)
+    assert got["together"].x is not None
+    assert got["together"].bias is not None
 
 
 def test_spills_and_wrong_results_are_seen(monkeypatch):
@@ -126,6 +140,8 @@ def test_jobs_of_a_process_that_dies_are_done_again_each_alone(monkeypatch):
             self.dies = dies
 
         def submit(self, function, job):
+            if self.dies(job) is None:
+                raise BrokenProcessPool
             future = Future()
             dies = self.dies(job)
             future.set_exception(BrokenProcessPool()) if dies else future.set_result(Finding(f"of {job}"))
@@ -144,7 +160,7 @@ def test_jobs_of_a_process_that_dies_are_done_again_each_alone(monkeypatch):
 
     def fresh(self, jobs):
         made.append(jobs)
-        return Pool((lambda job: job > 1) if len(made) == 1 else (lambda job: job == 2))
+        return Pool({1: False, 2: True, 3: None if len(made) == 1 else False}.get)
 
     monkeypatch.setattr(Workers, "_fresh", fresh)
     found = Workers(4).examine([1, 2, 3])
@@ -165,6 +181,8 @@ def test_the_least_median_wins_unless_the_own_is_within_noise():
     assert tune.winner(times(own=10, other=8.5), "own") == "own"
     assert tune.winner(times(own=10, other=12), "own") == "own"
     assert tune.winner(times(slow=10, other=9.9), "own") == "other", "the heuristic's own is not eligible"
+    spread = {"steady": Quartiles(6, 5.9, 6.1, 9, 1), "fast": Quartiles(5, 4, 9, 9, 1)}
+    assert tune.winner(spread, "own") == "fast"
 
 
 def decided(monkeypatch, facts, times_ms, why=lambda part, form: "", is_together=None) -> tuple[dict, Plan]:
@@ -225,6 +243,16 @@ def test_a_narrow_layer_goes_in_pieces_where_a_step_of_training_is_faster_so(mon
     row, plan = decided(monkeypatch, facts_of(64, is_skinny=True), lambda name: 1.0, is_together=True)
     assert isinstance(plan.backward, Together)
     assert row["milliseconds"].keys() == {"forward", "weight", "together"}
+
+
+def test_a_step_is_forward_and_all_of_backward(monkeypatch):
+    done = []
+    monkeypatch.setattr(tune.Subject, "call", lambda self, part, form: lambda: done.append((part, form)))
+    chosen = dict.fromkeys((*tune.PARTS, "together"), "its form")
+    for parts in (tune.STEPS["together"], tune.STEPS["pieces"]):
+        tune.Subject.of(facts_of(64), 8).step(chosen, parts)()
+    assert [part for part, _ in done] == ["forward", "together", "training", "backward", "weight"]
+    assert {form for _, form in done} == {"its form"}
 
 
 def test_a_part_without_any_form_is_an_error(monkeypatch):
