@@ -65,12 +65,12 @@ if [ "${FUSEDRES_DRY:-0}" = 1 ]; then
 else
     stage versions 10 versions.txt "$PYTHON" bench/timing.py
     # every option is a kernel of its own to compile; what is slow needs no GPU
-    stage tests 160 tests.log "${TEST[@]}" ${XDIST[@]+"${XDIST[@]}"} -m "not slow" tests
-    stage exact 75 run.log "$PYTHON" bench/exact.py --seeds 4 --budget-s 62 --out "$OUT/exact.json" \
+    stage tests 150 tests.log "${TEST[@]}" ${XDIST[@]+"${XDIST[@]}"} -m "not slow" tests
+    stage exact 70 run.log "$PYTHON" bench/exact.py --seeds 4 --budget-s 57 --out "$OUT/exact.json" \
         --record "$OUT/swept.json"
     TAIL=60 stage layer 90 run.log "${BENCH[@]}" --benchmark-results "$OUT/layer.json" --benchmark-total 70 \
         --benchmark-budget 1.5 --benchmark-compile-limit 20 -k "cuda and layer"
-    TAIL=60 stage stack 65 run.log "${BENCH[@]}" --benchmark-results "$OUT/stack.json" --benchmark-total 45 \
+    TAIL=60 stage stack 60 run.log "${BENCH[@]}" --benchmark-results "$OUT/stack.json" --benchmark-total 42 \
         --benchmark-budget 1.5 --benchmark-compile-limit 20 -k "cuda and stack"
     TAIL=60 stage tune 90 run.log "$PYTHON" bench/tune.py --budget-s 70 --out "$OUT/tiles.json"
     TAIL=24 stage overhead 15 run.log "$PYTHON" bench/overhead.py --runs 100 --json "$OUT/overhead.json"

@@ -36,9 +36,9 @@ from exact import capability
 from timing import Quartiles, in_turns, machine, sources
 
 from fusedres import dispatch, measured, plans
-from fusedres.kernels.config import Plan
+from fusedres.kernels.config import Plan, Together
 
-WIDTHS = (512, 256, 1024, 128, 64, 2048, 4096, 8192)  # in order of worth
+SIZES = [(width, width) for width in (512, 256, 1024, 128, 64, 2048, 4096, 8192)]  # N and K, in order of worth
 SAME = ("gpu", "torch", "triton", "ptxas", "driver", "sources")  # facts without which a row is measured again
 
 # ---------------------------------------------------------------------------------------------- one layer
@@ -139,17 +139,17 @@ def why_not(call: Callable[[], Any]) -> str:
 # ---------------------------------------------------------------------------------------------- all of them
 
 
-def facts_of(width: int, mode: str, rows: int) -> plans.Facts:
-    """Of a plain square layer, as the heuristic sees it: with no GPU's name, nothing measured.
+def facts_of(N: int, K: int, mode: str, rows: int) -> plans.Facts:
+    """Of a plain layer, as the heuristic sees it: with no GPU's name, nothing measured.
 
     Every assembler is trusted, since candidates are compared themselves; dispatch asks again.
     """
     dtype, precision = MODES[mode]
     target = "hip" if torch.version.hip else "cuda"  # the interpreter knows what the newest chips do
-    has_descriptors = not torch.version.hip and capability() >= 90 and width * dtype.itemsize % 16 == 0
+    has_descriptors = not torch.version.hip and capability() >= 90
     return plans.Facts(
-        N=width,
-        K=width,
+        N=N,
+        K=K,
         dtype=dtype,
         precision=precision,
         skip="identity",
@@ -157,7 +157,7 @@ def facts_of(width: int, mode: str, rows: int) -> plans.Facts:
         capability=capability(),
         gpu="",
         is_skinny=rows <= dispatch.SKINNY,
-        is_described=has_descriptors,
+        is_described=has_descriptors and N * dtype.itemsize % 16 == 0 == K * dtype.itemsize % 16,
         trusts_registers=True,
         work="plain",
     )
@@ -180,22 +180,33 @@ class File:
                 self.record["layers"] = before["layers"]
 
     def row(self, *key: object) -> dict[str, Any] | None:
-        """By N, mode and is_skinny."""
-        return next((row for row in self.record["layers"] if (row["N"], row["mode"], row["is_skinny"]) == key), None)
+        """By N, K, mode and is_skinny."""
+        rows = self.record["layers"]
+        return next((row for row in rows if (row["N"], row["K"], row["mode"], row["is_skinny"]) == key), None)
 
     def add(self, row: dict[str, Any]) -> None:
-        before = self.row(row["N"], row["mode"], row["is_skinny"])
+        before = self.row(row["N"], row["K"], row["mode"], row["is_skinny"])
         self.record["layers"] = [other for other in self.record["layers"] if other is not before] + [row]
         scratch = self.path.with_name(self.path.name + ".part")
         scratch.write_text(json.dumps(self.record, indent=1) + "\n")
         scratch.replace(self.path)  # a run that is killed leaves the rows that it had
 
 
+def is_one_kernel(row: dict[str, Any]) -> bool:
+    return row["plan"]["backward"]["form"] == Together.__name__
+
+
+def size(text: str) -> tuple[int, int]:
+    """N and K of 512 or 2048x512."""
+    N, _, K = text.partition("x")
+    return int(N), int(K or N)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: where dispatch reads it")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin no layer later than this")
-    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
+    parser.add_argument("--widths", nargs="+", type=size, default=SIZES, metavar="N[xK]")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["bf16"])
     parser.add_argument("--rows", nargs="+", type=int, default=[65536, 64], help=f"up to {dispatch.SKINNY} are few")
     parser.add_argument("--again", action="store_true", help="measure what the file has already")
@@ -208,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry and HAS_GPU:
         parser.error("--dry is for machines without a GPU")
     if options.dry:
-        options.widths = [32, 136] if options.widths == WIDTHS else options.widths
+        options.widths = [(32, 32), (136, 136)] if options.widths == SIZES else options.widths
         options.mode = ["fp16"] if options.mode == ["bf16"] else options.mode  # the interpreter is wrong in bf16
         options.rows = [72, 8] if options.rows == [65536, 64] else options.rows
         options.jobs, options.most = 0, min(options.most, 2)
@@ -233,21 +244,21 @@ def _tune(file: File, workers: Workers, time_of: Timer, options: argparse.Namesp
     start, failed = time.perf_counter(), False
     for rows in sorted(options.rows, reverse=True):
         for mode in options.mode:
-            for width in options.widths:
-                facts, name = facts_of(width, mode, rows), f"{width} {mode} {rows} rows"
-                before = file.row(width, mode, facts.is_skinny)
-                if before is not None and not options.again:
+            for N, K in options.widths:
+                facts, name = facts_of(N, K, mode, rows), f"{N} x {K} {mode} {rows} rows"
+                many, before = (file.row(N, K, mode, is_skinny) for is_skinny in (False, facts.is_skinny))
+                is_together = None if not facts.is_skinny else many is None or is_one_kernel(many)
+                is_valid = before is not None and (many is None or is_one_kernel(before) == is_one_kernel(many))
+                if is_valid and not options.again:
                     print(f"{name}: measured before")
                     continue
                 if (spent := time.perf_counter() - start) > options.budget_s:
                     print(f"{name}: left out, {spent:.0f} s are over")
                     continue
-                many = file.row(width, mode, False)
-                is_together = None if not facts.is_skinny else many is None or "rows" in many["plan"]["backward"]
                 print(f"{name}, at {spent:.0f} s", flush=True)
                 try:
                     row = tuned(facts, rows, is_together, workers, time_of, options.most)
-                except LookupError as error:
+                except (LookupError, torch.OutOfMemoryError) as error:
                     print(f"    FAILED: {error}", flush=True)
                     failed = True
                     continue

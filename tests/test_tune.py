@@ -19,10 +19,11 @@ from timing import Quartiles
 
 from fusedres import measured, plans
 from fusedres.dispatch import Triton
-from fusedres.kernels.config import Elementwise, Plan, Separate, Together
+from fusedres.kernels.config import Elementwise, Plan, Separate, Tile, Together
 from fusedres.kernels.spec import LayerSpec, Operands
 from fusedres.kernels.triton import layer_library
 
+WIDTHS = [N for N, _ in tune.SIZES]
 MODE = "bf16" if HAS_GPU else "fp16"  # the interpreter is wrong in bf16
 
 
@@ -50,7 +51,7 @@ def _forgotten():
 @pytest.mark.parametrize("is_skinny", [False, True], ids=["many", "few"])
 @pytest.mark.parametrize("mode", MODES)
 def test_candidates_begin_with_the_heuristics_choice(mode, is_skinny, capability):
-    for width in (16, 67, *tune.WIDTHS):
+    for width in (16, 67, *WIDTHS):
         facts = facts_of(width, mode, is_skinny, capability)
         plan = plans.plan_of(facts)
         found = candidates(facts, 64 if is_skinny else 65536, 132)
@@ -86,7 +87,7 @@ def test_every_layer_can_take_the_library_with_one_kernel_around_it():
 
 
 def test_shares_fill_the_gpu_and_have_two_steps():
-    for width, rows in product(tune.WIDTHS, (65536, 64)):
+    for width, rows in product(WIDTHS, (65536, 64)):
         for form in candidates(facts_of(width), rows, 132)["weight"][1:]:
             tiles = -(-width // form.BLOCK_N) * -(-width // form.BLOCK_K)
             assert form.splits == 1 or tiles * form.splits <= 264
@@ -288,6 +289,9 @@ def test_what_it_writes_is_what_dispatch_reads(tmp_path, monkeypatch):
         assert plan.because == f"measured on {record['gpu']}, {record['date']}"
 
 
+SEPARATE = Separate(Tile(16, 16, 16, 4, 2), None)
+
+
 @pytest.fixture
 def stubbed(monkeypatch):
     """The layers that the command tunes, by stubs that take ten seconds each."""
@@ -295,11 +299,12 @@ def stubbed(monkeypatch):
     plan = measured.encoded(plans.plan_of(facts_of(32)))
 
     def tuned(facts, rows, is_together, workers, time_of, most):
-        if facts.N == 48:
+        if facts.K == 48:
             raise LookupError("nothing is left")
         done.append((facts.N, facts.is_skinny, is_together))
         key = {"N": facts.N, "K": facts.K, "mode": facts.mode, "is_skinny": facts.is_skinny}
-        return {**key, "plan": plan, "milliseconds": {}, "is_wrong": facts.N == 40}
+        chosen = {**plan, "backward": measured.encoded(SEPARATE)} if facts.K == 40 and len(done) < 3 else plan
+        return {**key, "plan": chosen, "milliseconds": {}, "is_wrong": facts.N == 56}
 
     monkeypatch.setattr(tune, "tuned", tuned)
     monkeypatch.setattr(tune.time, "perf_counter", lambda: 10.0 * len(done))
@@ -321,6 +326,25 @@ def test_many_rows_come_first_and_no_layer_begins_after_the_budget(stubbed, tmp_
     assert len(json.loads(out.read_text())["layers"]) == 4
 
 
+def test_few_rows_are_measured_again_where_many_have_changed_their_mind(stubbed, tmp_path):
+    out = tmp_path / "tiles.json"
+    run(out, "--widths", "40", "--rows", "72", "8")
+    assert stubbed == [(40, False, None), (40, True, False)]
+    run(out, "--widths", "40", "--rows", "72", "--again")
+    run(out, "--widths", "40", "--rows", "72", "8")
+    assert stubbed[2:] == [(40, False, None), (40, True, True)], "in one kernel now"
+
+
+def test_layers_that_are_not_square_have_rows_of_their_own(stubbed, tmp_path):
+    for _ in range(2):
+        run(tmp_path / "tiles.json", "--widths", "32", "32x64", "64x32", "32x32", "--rows", "72")
+        assert len(stubbed) == 3, "each once"
+    found = json.loads((tmp_path / "tiles.json").read_text())["layers"]
+    assert [(row["N"], row["K"]) for row in found] == [(32, 32), (32, 64), (64, 32)]
+    facts = tune.facts_of(64, 129, MODE, 72)
+    assert (facts.N, facts.K, facts.is_described) == (64, 129, False)
+
+
 def test_rows_of_other_versions_are_measured_again(stubbed, tmp_path):
     out = tmp_path / "tiles.json"
     once = [(32, False, None)]
@@ -337,5 +361,5 @@ def test_rows_of_other_versions_are_measured_again(stubbed, tmp_path):
 def test_failures_are_said_and_the_next_layer_comes(stubbed, tmp_path):
     assert run(tmp_path / "a.json", "--widths", "48", "32", "--rows", "72") == 1
     assert stubbed == [(32, False, None)]
-    assert run(tmp_path / "b.json", "--widths", "40", "--rows", "72") == 1, "a candidate was wrong"
+    assert run(tmp_path / "b.json", "--widths", "56", "--rows", "72") == 1, "a candidate was wrong"
     assert run(tmp_path / "c.json", "--widths", "32", "--rows", "72") == 0
