@@ -22,7 +22,7 @@ def test_the_stages_of_the_script_are_its_parts_in_their_order_and_end_within_ni
 
 def test_the_script_refuses_parts_that_it_has_not(tmp_path):
     out = tmp_path / "results"
-    run = subprocess.run(["bash", SCRIPT, out, "tests,layers"], capture_output=True, text=True)
+    run = subprocess.run(["bash", SCRIPT, out, "tests,layers"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 2
     assert run.stderr.endswith("sanitizer, got layers\n")
     assert not out.exists()
