@@ -1,6 +1,8 @@
 # make demo   residual networks through the fused kernels, compared with eager PyTorch: a table and pictures
 # make test   the whole suite
 # make sanitize   the CPU kernels' tests, on a library built with AddressSanitizer and UndefinedBehaviorSanitizer
+# make bench   networks, layers and stacks against eager PyTorch and torch.compile, on this machine
+# make tune   the fastest forms and tiles of every layer on this GPU, written to fusedres/tiles/
 # They make .venv on first use; PYTHON chooses the interpreter, ARGS goes to the command.
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test sanitize lens check clean
+.PHONY: demo test sanitize lens bench tune check clean
 
 demo: $(READY)
 	$(BIN)/python -m fusedres demo $(ARGS)
@@ -21,6 +23,12 @@ sanitize: $(READY)
 
 lens: $(READY)
 	$(BIN)/python bench/lens.py $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench/ --benchmark $(ARGS)
+
+tune: $(READY)
+	$(BIN)/python bench/tune.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
