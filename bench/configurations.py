@@ -165,11 +165,14 @@ def _pointer_tiles(plan: Plan) -> list[tuple[str, Tile]]:
     return [(kernel, form) for kernel, form in forms if isinstance(form, Tile)]
 
 
-def shipped(target: str, capability: int = 80) -> list[Configuration]:
-    """Every configuration by pointers that dispatch chooses on a target; capability 80 takes them wherever it can."""
+def shipped(target: str, capability: int = 80, gpu: str = "") -> list[Configuration]:
+    """Every configuration by pointers that dispatch chooses on a target, and where `gpu` names a chip, measured ones.
+
+    Capability 80 takes them wherever it can.
+    """
     found = {
         Configuration(kernel, facts.mode, facts.skip == "projection", facts.is_ragged, tile)
-        for facts, plan in every_plan(target, capability if target == "cuda" else 0)
+        for facts, plan in every_plan(target, capability if target == "cuda" else 0, gpu)
         for kernel, tile in _pointer_tiles(plan)
     }
     return sorted(found, key=lambda c: (KERNELS.index(c.kernel), list(MODES).index(c.mode), *c[2:]))

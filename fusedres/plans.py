@@ -1,8 +1,9 @@
 """Which of Triton's kernels run a layer, with which tiles: as measured on this GPU, else by a stated heuristic.
 
 A choice depends on N, K, the dtype and a coarse class of M, at most SKINNY rows or more, so that within a class a row's
-bits do not depend on the batch around it, and no new batch size compiles anything. How operands lie in memory decides
-where the copy engine cannot take them. Nothing is tuned at a call: `python bench/tune.py` measures.
+bits do not depend on the batch around it, and no new batch size compiles anything; but where the vendor's library
+multiplies, it may choose by M. How operands lie in memory decides where the copy engine cannot take them. Nothing is
+tuned at a call: `python bench/tune.py` measures.
 """
 
 from __future__ import annotations
@@ -204,9 +205,9 @@ def _forward(facts: Facts, keeps: bool) -> Tile | PersistentTile | Elementwise:
     if _takes_library(facts):
         return ELEMENTWISE
     if facts.is_skinny or facts.dtype == torch.float32 or facts.skip in ("projection", "concat"):
-        return _tile(facts, facts.N, facts.K, "product")
+        return _tile(facts, facts.N, facts.K, "forward")
     if not facts.is_described:
-        return _tile(facts, facts.N, facts.K, "product")
+        return _tile(facts, facts.N, facts.K, "forward")
     widest = max(facts.N, facts.K)
     whole = WHOLE[_power_of_two(widest, 64, WHOLE_UP_TO)]
     if widest <= whole.BLOCK_N and not (keeps and widest > TOGETHER_UP_TO) and _admits(facts, whole):
@@ -225,7 +226,7 @@ def _backward(facts: Facts) -> Separate | Inside | Together:
         return INSIDE
     if not facts.is_skinny and facts.dtype.itemsize == 2 and facts.is_described and facts.K > INSIDE_UP_TO:
         return Separate(dz, None)
-    return Separate(dz, _tile(facts, facts.K, facts.N, "product"))
+    return Separate(dz, _tile(facts, facts.K, facts.N, "dx"))
 
 
 def _takes_library(facts: Facts) -> bool:
@@ -274,27 +275,35 @@ class _Shape(NamedTuple):
 
 # fp32 without tf32 has no matrix unit and holds its operands in registers too; sizes that are no multiple of 16 load
 # element by element, with an address each (128 x 128 x 64 would spill 512 bytes on sm_90).
-_SHAPES = {  # (is_exact_fp32, is_ragged, work)
-    (False, False, "product"): _Shape(128, 128, 32, 8),
-    (False, False, "two products"): _Shape(128, 64, 32, 8),
+_SHAPES = {  # (is_exact_fp32, is_ragged, work); forward has φ and φ' of a tile at once, a projection two products
+    (False, False, "forward"): _Shape(128, 64, 32, 8),
+    (False, False, "projected forward"): _Shape(64, 64, 32, 8),
     (False, False, "dz"): _Shape(128, 64, 32, 8),
-    (False, True, "product"): _Shape(64, 64, 32, 8),
-    (False, True, "two products"): _Shape(64, 32, 32, 8),
+    (False, False, "dx"): _Shape(128, 128, 32, 8),
+    (False, False, "projected dx"): _Shape(128, 64, 32, 8),
+    (False, True, "forward"): _Shape(64, 64, 32, 8),
+    (False, True, "projected forward"): _Shape(64, 32, 32, 8),
     (False, True, "dz"): _Shape(64, 64, 32, 8),
-    (True, False, "product"): _Shape(64, 64, 16, 4),
-    (True, False, "two products"): _Shape(64, 32, 16, 8),
+    (False, True, "dx"): _Shape(64, 64, 32, 8),
+    (False, True, "projected dx"): _Shape(64, 32, 32, 8),
+    (True, False, "forward"): _Shape(64, 64, 16, 8),
+    (True, False, "projected forward"): _Shape(32, 32, 16, 8),
     (True, False, "dz"): _Shape(64, 64, 16, 8),
-    (True, True, "product"): _Shape(64, 64, 16, 8),
-    (True, True, "two products"): _Shape(64, 32, 16, 8),
+    (True, False, "dx"): _Shape(64, 64, 16, 4),
+    (True, False, "projected dx"): _Shape(64, 32, 16, 8),
+    (True, True, "forward"): _Shape(64, 64, 16, 8),
+    (True, True, "projected forward"): _Shape(64, 32, 16, 8),
     (True, True, "dz"): _Shape(64, 32, 16, 8),
+    (True, True, "dx"): _Shape(64, 64, 16, 8),
+    (True, True, "projected dx"): _Shape(64, 32, 16, 8),
 }
 _SKINNY = {False: _Shape(16, 64, 32, 4), True: _Shape(16, 64, 16, 4)}  # by is_exact_fp32
 
 
 def _tile(facts: Facts, columns: int, depth: int, work: str) -> Tile:
     """By pointers, for an output of so many columns and products of this depth."""
-    if work == "product" and facts.skip == "projection":
-        work = "two products"
+    if work != "dz" and facts.skip == "projection":
+        work = f"projected {work}"
     is_half = facts.dtype.itemsize == 2
     shape = _SKINNY[facts.is_exact_fp32] if facts.is_skinny else _SHAPES[facts.is_exact_fp32, facts.is_ragged, work]
     deepest = 2 * shape.depth if is_half and not facts.is_ragged else shape.depth
