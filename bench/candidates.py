@@ -60,13 +60,13 @@ def _few(forms: Iterable[Any], facts: plans.Facts, most: int) -> list[Any]:
 
 def _forwards(facts: plans.Facts) -> list[Tile | PersistentTile | Elementwise]:
     if facts.is_skinny:
-        return [*_pointers(facts, facts.N, facts.K), Elementwise(16, 64, 4)]
+        return [*_pointers(facts, facts.N, facts.K, "forward"), Elementwise(16, 64, 4)]
     widest = max(facts.N, facts.K)
     descriptors = TILED[_kind(facts)]
     if widest <= plans.WHOLE_UP_TO and facts.dtype.itemsize == 2:
         own = plans.WHOLE[plans._power_of_two(widest, 64, plans.WHOLE_UP_TO)]
         descriptors = [*_around_whole(own), *(tile for tile in descriptors if widest >= tile.BLOCK_N)]
-    own, *pointers = _pointers(facts, facts.N, facts.K)
+    own, *pointers = _pointers(facts, facts.N, facts.K, "forward")
     library = [plans.ELEMENTWISE, Elementwise(16, 256, 4)]
     return [library[0], *descriptors[:4], pointers[0], library[1], *descriptors[4:], *pointers[1:], own]
 
@@ -74,7 +74,7 @@ def _forwards(facts: plans.Facts) -> list[Tile | PersistentTile | Elementwise]:
 def _backwards(facts: plans.Facts) -> list[Separate | Inside]:
     """The library's dx is never far from the first; dz by itself is a pass, which tiles of any shape make."""
     dz = plans._tile(facts, facts.N, facts.K, "dz")
-    products = _pointers(facts, facts.K, facts.N)
+    products = _pointers(facts, facts.K, facts.N, "dx")
     if facts.is_skinny:
         return [Separate(dz, None), *(Separate(dz, dx) for dx in products)]
     insides = [Inside(tile) for tile in INSIDE] if facts.dtype.itemsize == 2 else []
@@ -112,9 +112,9 @@ def _weights(facts: plans.Facts, rows: int, multiprocessors: int) -> list[SplitT
     return found
 
 
-def _pointers(facts: plans.Facts, columns: int, depth: int) -> list[Tile]:
+def _pointers(facts: plans.Facts, columns: int, depth: int, work: str) -> list[Tile]:
     """Tiles by pointers for an output of so many columns and products of this depth; the heuristic's first."""
-    own = plans._tile(facts, columns, depth, "product")
+    own = plans._tile(facts, columns, depth, work)
     shapes = (SKINNY if facts.is_skinny else POINTERS)[_kind(facts)]
     tiles = [Tile(m, _clipped(columns, n), _clipped(depth, k), warps, stages) for m, n, k, warps, stages in shapes]
     return [own, *tiles]

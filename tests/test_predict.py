@@ -60,14 +60,14 @@ def test_a_row_by_hand():
 
 
 def test_instructions_by_hand():
-    """d = 2048 in tiles of 128 × 256: 4096 of them, 32 steps in each; one program, so that finishing follows."""
-    d, (plan, keeps, kernels) = 2048, predict.ours(2048, "F")
+    """d = 4096 in tiles of 128 × 256: 8192 of them, 64 steps in each; one program, so that finishing follows."""
+    d, (plan, keeps, kernels) = 4096, predict.ours(4096, "F")
     rate = 132 * 128 * 1755
     count = Count(per_tile=1000, per_step=[10], threads=256, residents=1)
     finishing, hidden, residents = prediction.instructions_us(kernels[0], plan, keeps, d, count)
     assert (finishing, hidden, residents) == (
-        pytest.approx(4096 * 1000 * 256 / rate),
-        pytest.approx(4096 * 320 * 256 / rate),
+        pytest.approx(8192 * 1000 * 256 / rate),
+        pytest.approx(8192 * 640 * 256 / rate),
         1,
     )
     product = kernels[0].flops / 620e6
