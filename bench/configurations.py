@@ -151,7 +151,7 @@ def every_plan(target: str, capability: int, gpu: str = "") -> list[tuple[plans.
         fits = capability >= 90 and N * dtype.itemsize % 16 == 0 == K * dtype.itemsize % 16
         for is_skinny, is_described in product((False, True), {False, fits}):
             for work in ("plain", "busy") if is_described else ("plain",):
-                place = (skip, target, capability, gpu, is_skinny, is_described, True, work)
+                place = (skip, target, capability, gpu, is_skinny, False, is_described, True, work)
                 facts = plans.Facts(N, K, dtype, precision, *place)
                 found.append((facts, plans.plan_of(facts)))
     return found

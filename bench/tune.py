@@ -157,6 +157,7 @@ def facts_of(N: int, K: int, mode: str, rows: int) -> plans.Facts:
         capability=capability(),
         gpu="",
         is_skinny=rows <= dispatch.SKINNY,
+        is_invariant=False,
         is_described=has_descriptors and N * dtype.itemsize % 16 == 0 == K * dtype.itemsize % 16,
         trusts_registers=True,
         work="plain",

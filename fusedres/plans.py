@@ -1,9 +1,9 @@
 """Which of Triton's kernels run a layer, with which tiles: as measured on this GPU, else by a stated heuristic.
 
 A choice depends on N, K, the dtype and a coarse class of M, at most SKINNY rows or more, so that within a class a row's
-bits do not depend on the batch around it, and no new batch size compiles anything; but where the vendor's library
-multiplies, it may choose by M. How operands lie in memory decides where the copy engine cannot take them. Nothing is
-tuned at a call: `python bench/tune.py` measures.
+bits do not depend on the batch around it, and no new batch size compiles anything. Where the vendor's library
+multiplies it may choose by M: within `batch_invariant()` it is not asked to. How operands lie in memory decides where
+the copy engine cannot take them. Nothing is tuned at a call: `python bench/tune.py` measures.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Facts(NamedTuple):
     capability: int
     gpu: str
     is_skinny: bool
+    is_invariant: bool  # a row's bits may not depend on M, as the library's do
     is_described: bool  # the copy engine takes every operand, all of one dtype
     trusts_registers: bool  # as the choice of backend has it
     work: str  # of backward, per number: "plain", "busy", or "apart", what only a dz kernel of its own does
@@ -86,6 +87,7 @@ def layer_plan(
         choice.capability,
         choice.gpu,
         is_skinny=M <= SKINNY and not spec.batch_invariant,
+        is_invariant=spec.batch_invariant,
         is_described=choice.capability >= 90 and _is_described(operands, g, dtype),
         trusts_registers=choice.trusts_registers,
         work=_work(operands, spec),
@@ -108,7 +110,7 @@ def _work(operands: Operands, spec: LayerSpec) -> str:
 
 def keeps_input_alone(operands: Operands, spec: LayerSpec, choice: Triton) -> bool:
     """Whether forward keeps nothing but x: by shapes and dtype alone, so that a traced call knows it too."""
-    N, K = operands.weight.shape
+    N, K = map(int, operands.weight.shape)  # where they are symbols, a trace is for these
     dtype = operands.x.dtype
     return _is_together(N, K, spec.skip, mode(dtype, precision(dtype)), choice)
 
@@ -138,7 +140,7 @@ def _admits(facts: Facts, form: object) -> bool:
         is_whole = form.BLOCK_N >= facts.N and form.BLOCK_K >= facts.K
         return is_plain and facts.is_described and not (is_whole and facts.skip == "residual")
     if isinstance(form, Elementwise):
-        return facts.skip != "concat"
+        return facts.skip != "concat" and not facts.is_invariant
     if isinstance(form, Inside):
         return (
             is_plain
@@ -147,6 +149,8 @@ def _admits(facts: Facts, form: object) -> bool:
             and facts.work != "apart"
             and not facts.is_together
         )
+    if isinstance(form, Separate) and form.dx is None and facts.is_invariant:
+        return False
     if isinstance(form, (Together, Separate)):
         return isinstance(form, Together) == facts.is_together
     return not isinstance(form, SplitTile) or facts.is_described or not form.by_descriptors
@@ -220,19 +224,20 @@ def _backward(facts: Facts) -> Separate | Inside | Together:
         rows = _rows_together(facts.N, facts.K, facts.mode, facts.target, facts.capability)
         return Together(rows._replace(BLOCK_M=16) if facts.is_skinny else rows)
     dz = _tile(facts, facts.N, facts.K, "dz")
+    by_library, in_pieces = Separate(dz, None), Separate(dz, _tile(facts, facts.K, facts.N, "dx"))
     if _takes_library(facts):
-        return Separate(dz, None)
-    if not facts.is_skinny and facts.dtype.itemsize == 2 and facts.K <= INSIDE_UP_TO and _admits(facts, INSIDE):
-        return INSIDE
-    if not facts.is_skinny and facts.dtype.itemsize == 2 and facts.is_described and facts.K > INSIDE_UP_TO:
-        return Separate(dz, None)
-    return Separate(dz, _tile(facts, facts.K, facts.N, "dx"))
+        return by_library
+    if facts.is_skinny or facts.dtype.itemsize > 2:
+        return in_pieces
+    if facts.K <= INSIDE_UP_TO:
+        return INSIDE if _admits(facts, INSIDE) else in_pieces
+    return by_library if facts.is_described and _admits(facts, by_library) else in_pieces
 
 
 def _takes_library(facts: Facts) -> bool:
     """Exact fp32 has no matrix unit: there the library's products are the better ones, and a pass is little to them."""
     is_large = min(facts.N, facts.K) >= LIBRARY_FROM and not facts.is_skinny
-    return facts.is_exact_fp32 and is_large and facts.skip != "concat" and facts.target != "hip"
+    return facts.is_exact_fp32 and is_large and facts.target != "hip" and _admits(facts, ELEMENTWISE)
 
 
 ELEMENTWISE = Elementwise(32, 128, 4)

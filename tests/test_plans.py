@@ -61,7 +61,10 @@ def test_plans_know_two_classes_of_rows(N, K, skip, dtype, choice):
     few, many = [1, 2, 7, 63, 64], [65, 100, 1000, 65536, 2**31]
     assert len(of(few)) == len(of(many)) == 1
     assert of(few) != of(many)
-    assert of(few + many, batch_invariant=True) == of(many), "one class for all"
+    for_all, (for_many,) = of(few + many, batch_invariant=True), of(many)
+    assert len(for_all) == 1, "one class for all"
+    by_library = isinstance(for_many.forward, Elementwise) or getattr(for_many.backward, "dx", "kernel") is None
+    assert by_library or for_all == {for_many}, "that of many rows"
 
 
 def test_plans_count_all_leading_dimensions():
@@ -124,6 +127,18 @@ def test_exact_fp32_multiplies_by_the_library_where_products_are_large():
         assert isinstance(plan_for(4096, 512, 512, torch.float32).forward, Tile), "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_the_library_is_left_out_where_bits_may_not_depend_on_the_batch(on_file):
+    for dtype, width in ((torch.float32, 512), (HALF, 2048)):
+        plan = plan_for(4096, width, width, dtype, batch_invariant=True)
+        assert not isinstance(plan.forward, Elementwise)
+        assert isinstance(plan.backward.dx, Tile)
+        assert plan_for(4096, width, width, dtype).backward.dx is None
+    on_file(MEASURED._replace(forward=Elementwise(16, 64, 4)), 512)
+    plan = plan_for(4096, 512, 512, batch_invariant=True)
+    assert isinstance(plan.forward, PersistentTile)
+    assert isinstance(plan.backward, Inside), "the measured one has dx by the library"
 
 
 def test_what_forward_keeps_is_known_without_memory():

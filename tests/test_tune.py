@@ -30,7 +30,7 @@ MODE = "bf16" if HAS_GPU else "fp16"  # the interpreter is wrong in bf16
 def facts_of(width: int, mode: str = MODE, is_skinny: bool = False, capability: int = 90) -> plans.Facts:
     dtype, precision = MODES[mode]
     is_described = capability >= 90 and width * dtype.itemsize % 16 == 0
-    place = ("identity", "cuda", capability, "", is_skinny, is_described, True, "plain")
+    place = ("identity", "cuda", capability, "", is_skinny, False, is_described, True, "plain")
     return plans.Facts(width, width, dtype, precision, *place)
 
 
