@@ -27,10 +27,14 @@ def ptxas() -> str:
         return "unknown"
 
 
-def trusts_register_operands(gpu: str, capability: int, version: str) -> bool:
-    """Whether products that read an operand from registers may run: on Hopper alone they are asynchronous."""
+def trusts_register_operands(gpu: str, capability: int, version: str | None = None) -> bool:
+    """Whether products that read an operand from registers may run: on Hopper alone they are asynchronous.
+
+    version: of ptxas, where it is not the one that Triton runs.
+    """
     if capability // 10 != 9:
         return True
+    version = version or ptxas()
     found = re.match(r"(\d+)\.(\d+)", version)
     is_safe = found is not None and (int(found[1]), int(found[2])) >= SAFE
     return is_safe or (gpu, version) in _swept()

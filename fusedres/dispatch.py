@@ -150,7 +150,7 @@ def _backend(device_type: str, index: int | None, dtype: torch.dtype, is_interpr
     if major < 8:
         return Eager(f"the kernels need compute capability 8.0, this GPU has {major}.{minor}")
     capability = 10 * major + minor
-    trusts = capability // 10 != 9 or assembler.trusts_register_operands(gpu, capability, assembler.ptxas())
+    trusts = assembler.trusts_register_operands(gpu, capability)
     return Triton(f"{gpu} runs the kernels", "cuda", capability, gpu, trusts)
 
 

@@ -59,7 +59,13 @@ class Call:
             lines += [f"    {kernel:<8} {tile}" for kernel, tile in self.tiles._asdict().items()]
         elif self.tiles is not None:
             is_one = isinstance(self.tiles.backward, Together)
-            kept = "x alone kept for" if is_one else "φ' kept for" if self.keeps else "z recomputed in"
+            kept = (
+                "x alone kept for"
+                if is_one
+                else "φ' (z where a is learned) kept for"
+                if self.keeps
+                else "z recomputed in"
+            )
             lines.append(f"    {self._options()}; {kept} backward")
             forms = {name: form for name, form in self.tiles._asdict().items() if name != "because"}
             if is_one:

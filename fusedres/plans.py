@@ -130,8 +130,10 @@ def plan_of(facts: Facts) -> Plan:
     forms = {} if found is None else found._asdict()
     plan = plan._replace(**{name: form for name, form in forms.items() if _admits(facts, form)})
     if isinstance(plan.backward, Inside) and facts.work == "busy":
-        return plan._replace(backward=INSIDE_BUSY)
-    return plan
+        plan = plan._replace(backward=INSIDE_BUSY)
+    if found is None or plan == found:
+        return plan
+    return plan._replace(because=f"{found.because}, where those forms fit; the others reasoned")
 
 
 def _admits(facts: Facts, form: object) -> bool:

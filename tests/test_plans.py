@@ -220,6 +220,7 @@ def test_measured_forms_that_do_not_fit_are_not_taken(on_file):
     on_file(MEASURED, 512)
     plan = plan_for(4096, 512, 512, skip="projection")
     assert isinstance(plan.forward, Tile), "descriptors take no projection"
+    assert plan.because.endswith("where those forms fit; the others reasoned")
     transposed = Operands(torch.empty(4096, 512, dtype=HALF), torch.empty(512, 512, dtype=HALF).t())
     plan = plan_for(0, 512, 512, operands=transposed)
     assert isinstance(plan.forward, Tile)
