@@ -34,15 +34,15 @@ class InPieces(plans.Facts):
 def candidates(facts: plans.Facts, rows: int, multiprocessors: int, most: int = MOST) -> dict[str, list[Any]]:
     """Forms by part; those of a layer in pieces, and "together" beside them where it may be one kernel."""
     pieces = InPieces(*facts)
-    own = plans._heuristic(pieces)
+    own = plans.heuristic(pieces)[0]
     found = {
-        "forward": _few([plans._heuristic(facts).forward, *_forwards(pieces)], pieces, most),
+        "forward": _few([plans.heuristic(facts)[0].forward, *_forwards(pieces)], pieces, most),
         "training": _few([own.training, *_forwards(pieces)], pieces, most),
         "backward": _few([own.backward, *_backwards(pieces)], pieces, most),
         "weight": _few([None, *_weights(pieces, rows, multiprocessors)], pieces, most),
     }
     if facts.is_together:
-        found["together"] = _few(_togethers(plans._heuristic(facts).backward.rows), facts, most)
+        found["together"] = _few(_togethers(plans.heuristic(facts)[0].backward.rows), facts, most)
     return found
 
 
@@ -55,7 +55,7 @@ def label(form: Any) -> str:
 
 def _few(forms: Iterable[Any], facts: plans.Facts, most: int) -> list[Any]:
     """The first of those that dispatch admits for the layer, each once."""
-    return list(islice(dict.fromkeys(form for form in forms if plans._admits(facts, form)), most))
+    return list(islice(dict.fromkeys(form for form in forms if not plans.why_not(facts, form)), most))
 
 
 def _forwards(facts: plans.Facts) -> list[Tile | PersistentTile | Elementwise]:

@@ -29,6 +29,7 @@ KERNELS = ("forward", "dz", "dx")  # of a layer, by pointers
 FORMS = ("persistent", "inside", "narrow", "finish", "weight", "sums")  # the other kernels of a layer
 STACK_KERNELS = ("stack_forward", "stack_backward")
 SUM_KERNELS = ("sum_forward", "sum_backward")
+RECORD_KERNELS = ("statistics",)  # of gradients that no kernel of a layer records
 SUM_LENGTHS = (4, 64, 4096)  # of a row of the sum's memory: narrow tiles, middling ones, and lines
 STACK_WIDTHS = (16, 32, 64, 128, 256)  # that others are padded to
 SIZES = sorted({2**p + more for p in range(14) for more in (0, 1)})  # both sides of every power of two up to 8192
@@ -114,6 +115,12 @@ def shipped_sums() -> list[SumConfiguration]:
     return [SumConfiguration(*row) for row in rows]
 
 
+def shipped_records() -> list[FormConfiguration]:
+    """Of gradients alone, and of those with a branch's half beside them."""
+    rows = product(RECORD_KERNELS, ("fp32", "bf16"), (128,), (128,), (False, True))
+    return [FormConfiguration(*row, Elementwise(16, 128, 4)) for row in rows]
+
+
 def name(tile: Tile | StackTile | SumTile | PersistentTile | SplitTile | Elementwise) -> str:
     """128x64x32-w4-s3: the block, its warps, its stages. Of a run 64, or 64xdx32 where its products are from memory."""
     if isinstance(tile, (SumTile, Elementwise)):
@@ -133,7 +140,7 @@ class FormConfiguration(NamedTuple):
     mode: str
     N: int
     K: int
-    keeps: bool  # forward: writes what backward reads; inside: does more than a plain layer asks
+    keeps: bool  # forward: writes what backward reads; inside: more than a plain layer asks; statistics: of two halves
     tile: PersistentTile | StackTile | SplitTile | Elementwise
 
     def __str__(self) -> str:

@@ -18,7 +18,7 @@ from exact import HEAVIEST, cases, mismatches
 from exact_forms import form_cases, form_mismatches
 from integers import DEVICE, HAS_GPU  # before triton
 
-from fusedres import dispatch, launch, plans
+from fusedres import dispatch, launch, ops, plans, reference
 from fusedres.kernels.config import Elementwise, Inside, PersistentTile, Separate, SplitTile, Tile, Together
 from fusedres.kernels.spec import LayerSpec, Operands
 from fusedres.kernels.triton import (
@@ -101,6 +101,21 @@ class Subject(NamedTuple):
             return partial(layer_narrow.backward, *given)
         given = (self.g, self.operands, self.kept, None, self.spec, wanted._replace(weight=False))
         return partial(layer_backward.backward, *given, form, None, how, self.multiprocessors)
+
+    def whole(self, trains: bool) -> dict[str, Callable[[], object]]:
+        """The layer as modules that have checked it call it, forward or as a step of training: fused and eager."""
+        leaves = Operands(*[t if t is None else t.detach().requires_grad_(trains) for t in self.operands])
+        given = [t for t in leaves if t is not None]
+
+        def of(layer: Callable[[Operands, LayerSpec], torch.Tensor]) -> Callable[[], object]:
+            def call() -> object:
+                with torch.set_grad_enabled(trains):
+                    y = layer(leaves, self.spec)
+                return torch.autograd.grad(y, given, self.g) if trains else y
+
+            return call
+
+        return {"fused": of(ops.residual_linear), "eager": of(reference.layer)}
 
     def step(self, chosen: dict[str, Any], parts: tuple[str, ...]) -> Callable[[], object]:
         """Several parts of the layer, one after another."""

@@ -9,6 +9,7 @@ import torch
 from compiled import Launch, catch
 from configurations import (
     MODES,
+    RECORD_KERNELS,
     Configuration,
     FormConfiguration,
     Layer,
@@ -28,6 +29,7 @@ from fusedres.kernels.triton import (
     layer_library,
     layer_narrow,
     layer_persistent,
+    record,
     residual,
     stack,
     stack_backward,
@@ -67,7 +69,7 @@ def of(job: Job) -> Launch:
     if isinstance(c, StackConfiguration):
         return stack_launches(job, dtype, precision)[c.kernel]
     if isinstance(c, FormConfiguration):
-        return form_launch(job, dtype, precision)
+        return record_launch(c, dtype) if c.kernel in RECORD_KERNELS else form_launch(job, dtype, precision)
     width, keeps = (RAGGED if c.is_ragged else ALIGNED), job.load != HEAVY
     recording = _recording() if job.load == RECORDED else None
     return launches(_layer(job), dtype, precision, c.tile, width, keeps, recording)[c.kernel]
@@ -102,6 +104,15 @@ def launches(
             y, operands, z, s, spec, wanted, Separate(tile, tile), None, precision, PROGRAMS, recording
         )
     return found
+
+
+def record_launch(c: FormConfiguration, dtype: torch.dtype) -> Launch:
+    """Of two gradients [4096, N], where it keeps also of what came through the branches."""
+    found: dict[str, Launch] = {}
+    gradients = [torch.empty(4096, c.N, dtype=dtype, device="meta") for _ in range(2)]
+    with mock.patch.object(record, "_statistics_kernel", catch(found, c.kernel, record._statistics_kernel)):
+        record.statistics(gradients, gradients if c.keeps else [], 1.0)
+    return found[c.kernel]
 
 
 def form_launch(job: Job, dtype: torch.dtype, precision: str) -> Launch:

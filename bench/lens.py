@@ -31,6 +31,7 @@ from configurations import (
     FORMS,
     KERNELS,
     MODES,
+    RECORD_KERNELS,
     STACK_KERNELS,
     SUM_KERNELS,
     Configuration,
@@ -41,6 +42,7 @@ from configurations import (
     name,
     shipped,
     shipped_forms,
+    shipped_records,
     shipped_stacks,
     shipped_sums,
 )
@@ -171,7 +173,7 @@ def _label(c: Configuration | StackConfiguration | SumConfiguration | FormConfig
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=ARCHES, help="default: all; with --quick, sm_90")
-    every_kernel = KERNELS + FORMS + STACK_KERNELS + SUM_KERNELS
+    every_kernel = KERNELS + FORMS + STACK_KERNELS + SUM_KERNELS + RECORD_KERNELS
     parser.add_argument("--kernel", nargs="+", choices=every_kernel, default=every_kernel)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--aligned", action="store_true", help="leave out widths that are no multiples of 16")
@@ -203,7 +205,8 @@ def main() -> int:
             forms = [c for c in shipped_forms(target, capability) if c.kernel in options.kernel]
             queue += form_jobs(arch, [c for c in forms if c.mode in options.mode])
             sums = [c for c in shipped_sums() if c.is_ragged in widths and c.mode in options.mode]
-            queue += [Job(arch, c, "none") for c in sums if c.kernel in options.kernel]
+            records = [c for c in shipped_records() if c.mode in options.mode]
+            queue += [Job(arch, c, "none") for c in sums + records if c.kernel in options.kernel]
 
     found: dict[Job, Finding] = {}
     with tempfile.TemporaryDirectory() as cache:

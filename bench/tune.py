@@ -8,9 +8,10 @@ Each candidate (bench/candidates.py) is first compiled and compared with float64
 of its kernel; one that spills, is wrong or does not run is left out, and the file says why. The others of a part of the
 plan take turns, the second-level cache flushed before each call. The least median wins, but the heuristic's own form
 stays unless the winner's upper quartile is below its lower one. A narrow layer's one kernel contends with the best of
-the pieces as a step of training, forward and backward, since forward keeps nothing for it. What is committed is then
-compared, option by option, by bench/exact.py and bench/lens.py. Exits with 1 where a candidate is wrong, or a layer has
-no form left.
+the pieces as a step of training, forward and backward, since forward keeps nothing for it. At last the whole layer
+contends with eager PyTorch, as a call and as a step, in wall time of calls in a row, the host's part included: where
+eager is faster beyond noise dispatch will take it. What is committed is then compared, option by option, by
+bench/exact.py and bench/lens.py. Exits with 1 where a candidate is wrong, or a layer has no form left.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 from examine import HAS_GPU, Job, Subject, Workers, multiply_as  # before triton, which timing asks for its version
 
@@ -58,11 +61,21 @@ Times = dict[str, Quartiles]
 Timer = Callable[[dict[str, Callable[[], Any]]], Times]
 
 
-def timer(is_dry: bool) -> Timer:
-    """Of calls that take turns: cold device time in 7 to 30 rounds; dry, one round by the host's clock."""
-    run = Host().views()["host"].run if is_dry else Queued().views()["cold"].run
-    least, most = (1, 1) if is_dry else (7, 30)
-    return partial(in_turns, budget_s=0.8, fill_s=0.0, least=least, most=most, long_s=0.0, run=run)
+class Timers(NamedTuple):
+    """Of calls that take turns: cold device time of a part, wall time of whole layers in a row."""
+
+    parts: Timer
+    layers: Timer
+
+
+def timers(is_dry: bool) -> Timers:
+    """In 7 to 30 rounds; dry, one round by the host's clock."""
+    if is_dry:
+        dry = partial(in_turns, fill_s=0.0, least=1, most=1, long_s=0.0, run=Host().views()["host"].run)
+        return Timers(dry, dry)
+    rounds = partial(in_turns, budget_s=0.8, least=7, most=30, long_s=0.0)
+    cold, host = Queued().views()["cold"], Queued().views()["host"]
+    return Timers(partial(rounds, fill_s=0.0, run=cold.run), partial(rounds, fill_s=host.fill_s, run=host.run))
 
 
 def winner(times: Times, own: str) -> str:
@@ -71,7 +84,7 @@ def winner(times: Times, own: str) -> str:
     return best if own not in times or times[best].upper < times[own].lower else own
 
 
-def tuned(facts: plans.Facts, rows: int, is_together: bool | None, workers: Workers, time_of: Timer, most: int) -> dict:
+def tuned(facts: plans.Facts, rows: int, is_together: bool | None, workers: Workers, timers: Timers, most: int) -> dict:
     """The row of a layer: its plan, the times of what was tried, and why others were not.
 
     is_together: whether a narrow layer is one kernel, None where it is to be found out.
@@ -103,22 +116,30 @@ def tuned(facts: plans.Facts, rows: int, is_together: bool | None, workers: Work
     for part, functions in calls.items():
         if not functions:
             raise LookupError(f"{facts.N} x {facts.K} {facts.mode}, {rows} rows: no form of {part} is left: {excluded}")
-        milliseconds[part] = time_of(functions)
+        milliseconds[part] = timers.parts(functions)
         name = winner(milliseconds[part], label(tried[part][0]))
         chosen[part] = next(form for form in tried[part] if label(form) == name)
     is_one = "together" in chosen
     if is_one and "training" in chosen:
-        milliseconds["step"] = time_of({name: subject.step(chosen, parts) for name, parts in STEPS.items()})
+        milliseconds["step"] = timers.parts({name: subject.step(chosen, parts) for name, parts in STEPS.items()})
         is_one = winner(milliseconds["step"], "together") == "together"
     if is_one:
         chosen |= {"training": chosen["forward"], "backward": chosen["together"]}
+    plan = Plan(**{part: chosen[part] for part in PARTS})
+    eager = {}
+    for kind in ("forward", "training"):
+        with planned(plan):
+            milliseconds[f"whole {kind}"] = times = timers.layers(subject.whole(trains=kind == "training"))
+        if winner(times, "fused") == "eager":
+            eager[kind] = f"{times['eager'].median:.3g} ms by eager PyTorch, {times['fused'].median:.3g} fused"
     return {
         "N": facts.N,
         "K": facts.K,
         "mode": facts.mode,
         "is_skinny": facts.is_skinny,
         "rows": rows,
-        "plan": measured.encoded(Plan(**{part: chosen[part] for part in PARTS}, because="the fastest tried")),
+        "plan": measured.encoded(plan),
+        "eager": eager,
         "milliseconds": {
             part: {name: float(f"{time.median:.4g}") for name, time in times.items()}
             for part, times in milliseconds.items()
@@ -126,6 +147,15 @@ def tuned(facts: plans.Facts, rows: int, is_together: bool | None, workers: Work
         "excluded": excluded,
         "is_wrong": is_wrong,
     }
+
+
+@contextmanager
+def planned(plan: Plan) -> Iterator[None]:
+    """Within it every layer has this plan, as far as it admits it."""
+    plans.forget()
+    with mock.patch.object(measured, "plan", return_value=measured.Measured(plan, "it is tuned", {})):
+        yield
+    plans.forget()
 
 
 def why_not(call: Callable[[], Any]) -> str:
@@ -158,7 +188,9 @@ def facts_of(N: int, K: int, mode: str, rows: int) -> plans.Facts:
         gpu="",
         is_skinny=rows <= dispatch.SKINNY,
         is_invariant=False,
-        is_described=has_descriptors and N * dtype.itemsize % 16 == 0 == K * dtype.itemsize % 16,
+        is_described=has_descriptors
+        and rows > dispatch.SKINNY
+        and N * dtype.itemsize % 16 == 0 == K * dtype.itemsize % 16,
         trusts_registers=True,
         work="plain",
     )
@@ -232,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     file, workers = File(options.out, options.dry), Workers(options.jobs)
     try:
-        failed = _tune(file, workers, timer(options.dry), options)
+        failed = _tune(file, workers, timers(options.dry), options)
     finally:
         workers.close()
     if options.out.resolve() != (home := measured.file(file.record["gpu"])).resolve():
@@ -240,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _tune(file: File, workers: Workers, time_of: Timer, options: argparse.Namespace) -> bool:
+def _tune(file: File, workers: Workers, timers: Timers, options: argparse.Namespace) -> bool:
     """Whether a candidate was wrong, or a layer had no form left. Many rows first: few follow what these decide."""
     start, failed = time.perf_counter(), False
     for rows in sorted(options.rows, reverse=True):
@@ -258,7 +290,7 @@ def _tune(file: File, workers: Workers, time_of: Timer, options: argparse.Namesp
                     continue
                 print(f"{name}, at {spent:.0f} s", flush=True)
                 try:
-                    row = tuned(facts, rows, is_together, workers, time_of, options.most)
+                    row = tuned(facts, rows, is_together, workers, timers, options.most)
                 except (LookupError, torch.OutOfMemoryError) as error:
                     print(f"    FAILED: {error}", flush=True)
                     failed = True

@@ -33,6 +33,8 @@ class Call:
     spec: LayerSpec | NetworkSpec
     choice: Eager | Triton | Native
     tiles: Plan | StackTiles | None = None  # of Triton's kernels
+    because: plans.Because | None = None  # of a plan's parts
+    in_training: Eager | Triton | Native | None = None  # what runs the layer where gradients are wanted, if another
     way: Way | None = None  # of the C++ engine
     keeps: bool = True  # whether the C++ engine would keep activations for backward
     threads: int = 1
@@ -41,9 +43,7 @@ class Call:
     @property
     def backend(self) -> str:
         """triton, triton-interpreter, native or eager."""
-        if isinstance(self.choice, Triton):
-            return "triton-interpreter" if self.choice.target == "interpreter" else "triton"
-        return "native" if isinstance(self.choice, Native) else "eager"
+        return _backend(self.choice)
 
     def __str__(self) -> str:
         layers = f", {len(self.spec.layers)} layers" if isinstance(self.spec, NetworkSpec) else ""
@@ -67,11 +67,12 @@ class Call:
                 else "z recomputed in"
             )
             lines.append(f"    {self._options()}; {kept} backward")
-            forms = {name: form for name, form in self.tiles._asdict().items() if name != "because"}
-            if is_one:
-                del forms["weight"]  # which is backward's too
-            lines += [f"    {kernel:<9}{form or 'torch.matmul'}" for kernel, form in forms.items()]
-            lines.append(f"    these kernels and tiles: {self.tiles.because}")
+            parts = self.tiles._fields[:-1] if is_one else self.tiles._fields  # where weight is backward's too
+            for part in parts:
+                form = getattr(self.tiles, part) or "torch.matmul"
+                lines += [f"    {part:<9}{form}", f"             {getattr(self.because, part)}"]
+        if self.in_training is not None:
+            lines.append(f"    in training: {_backend(self.in_training)}, because {self.in_training.because}")
         if self.way is not None:
             kept = "activations kept for backward" if self.keeps else "activations computed again in backward"
             lines.append(f"    {self._options()}; {kept}")
@@ -83,6 +84,12 @@ class Call:
             return f"{self.spec.activation}, order {self.spec.order}, skip {self.spec.skip}"
         counts = Counter((layer.spec.activation, layer.spec.order, layer.spec.skip) for layer in self.spec.layers)
         return "; ".join(f"{n} × {phi}, order {order}, skip {skip}" for (phi, order, skip), n in counts.items())
+
+
+def _backend(choice: Eager | Triton | Native) -> str:
+    if isinstance(choice, Triton):
+        return "triton-interpreter" if choice.target == "interpreter" else "triton"
+    return "native" if isinstance(choice, Native) else "eager"
 
 
 class Explanation(tuple[Call, ...]):
@@ -100,17 +107,28 @@ def is_listening() -> bool:
     return _listener is not None
 
 
-def note(choice: Eager | Triton | Native, operands: Operands, spec: LayerSpec, dtype: torch.dtype) -> None:
+def note(
+    choice: Eager | Triton | Native,
+    operands: Operands,
+    spec: LayerSpec,
+    dtype: torch.dtype,
+    in_training: Eager | Triton | Native,
+) -> None:
     """Tell the listener about a call of one layer."""
     N, K = operands.weight.shape
     M = operands.x.shape[:-1].numel()
-    tiles = way = None
+    tiles = because = way = None
     if isinstance(choice, Triton):
-        tiles = plans.layer_plan(operands, spec, choice, dtype)
+        tiles, because = plans.explained(operands, spec, choice, dtype)
     elif isinstance(choice, Native):
         way = cast(Way, dispatch.layer_way(operands, spec, dtype))
-    keeps = not spec.recompute
-    _listener.append(Call(_name(), M, N, K, dtype, spec, choice, tiles, way, keeps, torch.get_num_threads()))
+    _listener.append(
+        Call(
+            _name(), M, N, K, dtype, spec, choice, tiles, because,
+            in_training=None if type(in_training) is type(choice) else in_training,
+            way=way, keeps=not spec.recompute, threads=torch.get_num_threads(),
+        )
+    )  # fmt: skip
 
 
 def note_residual(choice: Eager | Triton | Native, x: Tensor, spec: LayerSpec) -> None:
@@ -124,14 +142,16 @@ def note_network(choice: Eager | Triton | Native, x: Tensor, spec: NetworkSpec, 
     """Tell the listener about one call of a whole network."""
     K, N = spec.widths[0], spec.widths[-1]
     M = x.shape[:-1].numel()
-    _listener.append(Call(_name(), M, N, K, x.dtype, spec, choice, None, way, keeps, torch.get_num_threads()))
+    _listener.append(
+        Call(_name(), M, N, K, x.dtype, spec, choice, way=way, keeps=keeps, threads=torch.get_num_threads())
+    )
 
 
 def note_run(choice: Triton, x: Tensor, spec: NetworkSpec, tiles: StackTiles, recompute: bool | str) -> None:
     """Tell the listener about one call of a run of layers."""
     d, M = spec.widths[0], x.shape[:-1].numel()
     keeps = dispatch.stack_keeps(len(spec.layers), M, d, x.dtype, recompute) == 1
-    _listener.append(Call(_name(), M, d, d, x.dtype, spec, choice, tiles, None, keeps))
+    _listener.append(Call(_name(), M, d, d, x.dtype, spec, choice, tiles, keeps=keeps))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import checks, dispatch, explanation, ops, recording, reference, residual_dispatch, residual_ops
+from . import checks, dispatch, explanation, ops, plans, recording, reference, residual_dispatch, residual_ops
 from .kernels.spec import LayerSpec, Operands
 
 
@@ -134,17 +134,23 @@ def call(given: Operands, spec: LayerSpec, autocast: torch.dtype | None) -> Tens
         spec = spec._replace(batch_invariant=True)
     x, weight, residual = given.x, given.weight, given.residual
     is_empty = x.numel() == 0 or weight.numel() == 0 or (residual is not None and residual.numel() == 0)
-    choice = dispatch.choose(x.device, autocast or x.dtype, is_empty)
-    if isinstance(choice, dispatch.Native):
-        choice = _native_or_eager(choice, given, spec, autocast)
+    fused = choice = dispatch.choose(x.device, autocast or x.dtype, is_empty)
+    if isinstance(fused, dispatch.Native):
+        choice = _native_or_eager(fused, given, spec, autocast)
+    elif isinstance(fused, dispatch.Triton) and plans.may_be_eager(fused):
+        choice = _triton_or_eager(fused, given, spec, autocast, ops.needs_grad(given))
+    is_eager = isinstance(choice, dispatch.Eager)
+    if autocast is not None and not is_eager:
+        given, spec = _cast(given, spec, autocast)
     if explanation.is_listening():
-        explanation.note(choice, given, spec, autocast or x.dtype)
+        in_training = choice
+        if isinstance(fused, dispatch.Triton):
+            in_training = _triton_or_eager(fused, given, spec, autocast, trains=True)
+        explanation.note(choice, given, spec, autocast or x.dtype, in_training)
     if spec.drop_path > 0:
         given = given._replace(seed=ops.draw_seed())
-    if isinstance(choice, dispatch.Eager):
+    if is_eager:
         return reference.layer(given, spec)
-    if autocast is not None:
-        given, spec = _cast(given, spec, autocast)
     return ops.residual_linear(given, spec)
 
 
@@ -159,6 +165,15 @@ def _native_or_eager(
         return choice
     way = dispatch.layer_way(given, spec, autocast or given.x.dtype)
     return way if isinstance(way, dispatch.Eager) else choice
+
+
+def _triton_or_eager(
+    choice: dispatch.Triton, given: Operands, spec: LayerSpec, autocast: torch.dtype | None, trains: bool
+) -> dispatch.Triton | dispatch.Eager:
+    if autocast is not None or torch.compiler.is_compiling():  # the operator runs its kernels
+        return choice
+    why = plans.why_eager(given, spec, choice, trains)
+    return dispatch.Eager(why) if why else choice
 
 
 # private to torch, and 0.5 µs quicker than asking for a device's; without it, ask every time

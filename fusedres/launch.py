@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from functools import cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -43,15 +44,23 @@ def _triton_forward(
     keeps: bool,
     keeps_skip: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    from .kernels.triton import layer, layer_library, layer_persistent
-
+    kernels = _kernels()
     how = dispatch.precision(operands.x.dtype)
     if isinstance(form, Elementwise):
-        return layer_library.forward(operands, spec, dtype, form, keeps, keeps_skip)
+        return kernels.layer_library.forward(operands, spec, dtype, form, keeps, keeps_skip)
     if isinstance(form, PersistentTile):
         programs = dispatch.multiprocessors(operands.x.device)
-        return *layer_persistent.forward(operands, spec, dtype, form, how, keeps, programs), None
-    return layer.forward(operands, spec, dtype, form, how, keeps, keeps_skip)
+        return *kernels.layer_persistent.forward(operands, spec, dtype, form, how, keeps, programs), None
+    return kernels.layer.forward(operands, spec, dtype, form, how, keeps, keeps_skip)
+
+
+@cache
+def _kernels() -> Any:
+    """Imported by the first call that a GPU runs; an import statement within each would take a microsecond."""
+    from .kernels import triton
+    from .kernels.triton import layer, layer_backward, layer_library, layer_narrow, layer_persistent  # noqa: F401
+
+    return triton
 
 
 def backward(
@@ -63,8 +72,6 @@ def backward(
         return _cpu_backward(g, operands, memory, spec, wanted)
     if isinstance(choice, Eager):
         _refuse(operands, choice)
-    from .kernels.triton import layer_backward, layer_narrow
-
     operands = _resolved(operands)
     x, residual = operands.x, operands.residual
     _refuse_capture(operands, spec)
@@ -74,9 +81,11 @@ def backward(
     g, matrices = g.resolve_neg().reshape(-1, g.shape[-1]), _as_matrices(operands)
     with torch.cuda.device_of(x):
         if isinstance(plan.backward, Together):
-            gradients = layer_narrow.backward(g, matrices, spec, wanted, plan.backward.rows, 2 * programs, how, watched)
+            gradients = _kernels().layer_narrow.backward(
+                g, matrices, spec, wanted, plan.backward.rows, 2 * programs, how, watched
+            )
         else:
-            gradients = layer_backward.backward(
+            gradients = _kernels().layer_backward.backward(
                 g, matrices, memory, s, spec, wanted, plan.backward, plan.weight, how, programs, watched
             )
     return gradients._replace(
@@ -156,6 +165,8 @@ def _refuse_capture(operands: Operands, spec: LayerSpec) -> None:
 
 def _as_matrices(operands: Operands) -> Operands:
     x, residual = operands.x, operands.residual
+    if x.dim() == 2 and (residual is None or residual.dim() == 2):
+        return operands
     return operands._replace(
         x=x.reshape(-1, x.shape[-1]),
         residual=None if residual is None else residual.reshape(-1, residual.shape[-1]),

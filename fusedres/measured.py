@@ -6,7 +6,7 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .kernels import config
 from .kernels.config import Plan
@@ -28,9 +28,23 @@ FORMS = {
 }
 
 
-def plan(gpu: str, N: int, K: int, mode: str, is_skinny: bool) -> Plan | None:
-    """The plan measured on this GPU for a layer of this size, or None; mode is fp32, tf32, fp16 or bf16."""
+class Measured(NamedTuple):
+    """The fastest plan of a layer on a GPU, and for "forward" or "training" the times where eager is faster."""
+
+    plan: Plan
+    because: str
+    eager: dict[str, str]
+
+
+def plan(gpu: str, N: int, K: int, mode: str, is_skinny: bool) -> Measured | None:
+    """What was measured on this GPU for a layer of this size, or None; mode is fp32, tf32, fp16 or bf16."""
     return _plans(gpu).get((N, K, mode, is_skinny))
+
+
+@lru_cache(maxsize=16)
+def has_eager(gpu: str) -> bool:
+    """Whether eager PyTorch is faster for any layer on this GPU."""
+    return any(found.eager for found in _plans(gpu).values())
 
 
 def file(gpu: str) -> Path:
@@ -39,14 +53,14 @@ def file(gpu: str) -> Path:
 
 
 @lru_cache(maxsize=16)
-def _plans(gpu: str) -> dict[tuple[int, int, str, bool], Plan]:
+def _plans(gpu: str) -> dict[tuple[int, int, str, bool], Measured]:
     path = file(gpu)
     if not gpu or not path.is_file():
         return {}
     record = json.loads(path.read_text())
     because = f"measured on {gpu}, {record['date']}"
     return {
-        (row["N"], row["K"], row["mode"], row["is_skinny"]): decoded(row["plan"])._replace(because=because)
+        (row["N"], row["K"], row["mode"], row["is_skinny"]): Measured(decoded(row["plan"]), because, row["eager"])
         for row in record["layers"]
     }
 

@@ -54,12 +54,16 @@ def residual_linear(operands: Operands, spec: LayerSpec) -> Tensor:
     """y of a layer whose operands are checked and cast, by the cheapest way in that this call allows."""
     if dispatch.transforms_are_active():
         return _TransformableLayer.apply(spec, *operands)[0]
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    keep = needs_grad(operands)
     if torch.compiler.is_compiling() or needs_operator(operands):
-        return torch.ops.fusedres.residual_linear(*operands, *spec, needs_grad)[0]
-    if needs_grad:
+        return torch.ops.fusedres.residual_linear(*operands, *spec, keep)[0]
+    if keep:
         return _Layer.apply(spec, *operands)
     return _forward(operands, spec, keep=False)[0]
+
+
+def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def needs_operator(tensors: Sequence[Tensor | None]) -> bool:

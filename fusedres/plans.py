@@ -36,6 +36,15 @@ INSIDE_UP_TO = 1024  # K, up to which dz is made in the product for dx: each til
 LIBRARY_FROM = 128  # N and K of exact fp32, which has no matrix unit, from which the library multiplies
 
 
+class Because(NamedTuple):
+    """Why each part of a plan is what it is."""
+
+    forward: str
+    training: str
+    backward: str
+    weight: str
+
+
 class Facts(NamedTuple):
     """All that a choice hangs on."""
 
@@ -75,37 +84,57 @@ def layer_plan(
     operands: Operands, spec: LayerSpec, choice: Triton, dtype: torch.dtype, g: Tensor | None = None
 ) -> Plan:
     """The plan of a layer x [..., K] -> [..., N] computing in dtype; for its backward with g = ∂L/∂y."""
-    N, K = operands.weight.shape
-    M = operands.x.shape[:-1].numel()
-    facts = Facts(
-        N,
-        K,
-        dtype,
-        precision(dtype),
-        spec.skip,
-        choice.target,
-        choice.capability,
-        choice.gpu,
-        is_skinny=M <= SKINNY and not spec.batch_invariant,
-        is_invariant=spec.batch_invariant,
-        is_described=choice.capability >= 90 and _is_described(operands, g, dtype),
-        trusts_registers=choice.trusts_registers,
-        work=_work(operands, spec),
-    )
-    plan = plan_of(facts)
-    if plan.weight is None:
-        return plan
-    splits = min(plan.weight.splits, -(-M // (2 * plan.weight.BLOCK_M)))  # two steps to a share at least
-    return plan._replace(weight=plan.weight._replace(splits=splits))
+    return explained(operands, spec, choice, dtype, g)[0]
 
 
-def _work(operands: Operands, spec: LayerSpec) -> str:
-    learns = operands.branch_scale is not None or operands.skip_scale is not None
+def explained(
+    operands: Operands, spec: LayerSpec, choice: Triton, dtype: torch.dtype, g: Tensor | None = None
+) -> tuple[Plan, Because]:
+    """The same with its reasons."""
+    weight = operands.weight
+    M = operands.x.numel() // weight.shape[1]
+    is_skinny = M <= SKINNY and not spec.batch_invariant
+    # few rows are not worth descriptors, which take the host longer than their tile is quicker
+    is_described = choice.capability >= 90 and not is_skinny and _is_described(operands, g, dtype)
+    learns = (operands.skip_scale is not None, operands.branch_scale is not None)
+    plan, because = _explained(weight.shape, dtype, precision(dtype), spec, learns, choice, is_skinny, is_described)
+    if plan.weight is not None:
+        splits = min(plan.weight.splits, -(-M // (2 * plan.weight.BLOCK_M)))  # two steps to a share at least
+        plan = plan._replace(weight=plan.weight._replace(splits=splits))
+    return plan, because
+
+
+@lru_cache(maxsize=4096)
+def _explained(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    precision: str,
+    spec: LayerSpec,
+    learns: tuple[bool, bool],
+    choice: Triton,
+    is_skinny: bool,
+    is_described: bool,
+) -> tuple[Plan, Because]:
+    """By what a call knows of itself, learns being whether λ and a are learned; it costs it a look into a table."""
+    N, K = shape
+    place = (choice.target, choice.capability, choice.gpu)
+    how = (is_skinny, spec.batch_invariant, is_described, choice.trusts_registers, _work(spec, *learns))
+    return explained_of(Facts(N, K, dtype, precision, spec.skip, *place, *how))
+
+
+def _work(spec: LayerSpec, learns_skip_scale: bool, learns_branch_scale: bool) -> str:
     multiplies = spec.recompute and spec.activation != "none"
     writes_ds = spec.activates_sum and spec.skip == "residual"
-    if multiplies or writes_ds or (spec.activates_sum and operands.branch_scale is not None):
+    if multiplies or writes_ds or (spec.activates_sum and learns_branch_scale):
         return "apart"
-    return "busy" if learns or spec.activates_sum or spec.drop_path > 0 else "plain"
+    is_busy = learns_skip_scale or learns_branch_scale or spec.activates_sum or spec.drop_path > 0
+    return "busy" if is_busy else "plain"
+
+
+def forget() -> None:
+    """What was decided, so that it is decided again: tests and tuning change what is measured."""
+    _explained.cache_clear()
+    explained_of.cache_clear()
 
 
 def keeps_input_alone(operands: Operands, spec: LayerSpec, choice: Triton) -> bool:
@@ -115,6 +144,29 @@ def keeps_input_alone(operands: Operands, spec: LayerSpec, choice: Triton) -> bo
     return _is_together(N, K, spec.skip, mode(dtype, precision(dtype)), choice)
 
 
+def may_be_eager(choice: Triton) -> bool:
+    """Whether eager PyTorch was measured faster for any layer at all."""
+    return measured.has_eager(choice.gpu)
+
+
+def why_eager(operands: Operands, spec: LayerSpec, choice: Triton, trains: bool) -> str:
+    """Where eager PyTorch was measured faster for this layer's size, as a call or a step of training: the times.
+
+    Measured on plain layers: what others do besides, eager does in kernels of their own. Empty within
+    `batch_invariant()`, of which eager PyTorch knows nothing.
+    """
+    learns = operands.skip_scale is not None or operands.branch_scale is not None
+    is_plain = spec.skip in ("none", "identity", "residual") and not spec.activates_sum and spec.drop_path == 0
+    if learns or not is_plain or spec.batch_invariant or spec.watch:
+        return ""
+    N, K = operands.weight.shape
+    dtype = operands.x.dtype
+    is_skinny = operands.x.shape[:-1].numel() <= SKINNY
+    found = measured.plan(choice.gpu, N, K, mode(dtype, precision(dtype)), is_skinny)
+    times = None if found is None else found.eager.get("training" if trains else "forward")
+    return f"{found.because}: {times}" if times else ""
+
+
 def mode(dtype: torch.dtype, precision: str) -> str:
     """What a measured plan is for: fp32, which is exact, tf32, fp16 or bf16."""
     if dtype == torch.float32:
@@ -122,40 +174,67 @@ def mode(dtype: torch.dtype, precision: str) -> str:
     return "fp16" if dtype == torch.float16 else "bf16"
 
 
-@lru_cache(maxsize=4096)
 def plan_of(facts: Facts) -> Plan:
     """The measured plan, as far as these facts admit its forms; a heuristic one for the rest."""
-    plan = _heuristic(facts)
+    return explained_of(facts)[0]
+
+
+@lru_cache(maxsize=4096)
+def explained_of(facts: Facts) -> tuple[Plan, Because]:
+    """The same with its reasons."""
+    plan, reasons = heuristic(facts)
     found = measured.plan(facts.gpu, facts.N, facts.K, facts.mode, facts.is_skinny)
-    forms = {} if found is None else found._asdict()
-    plan = plan._replace(**{name: form for name, form in forms.items() if _admits(facts, form)})
-    if isinstance(plan.backward, Inside) and facts.work == "busy":
-        plan = plan._replace(backward=INSIDE_BUSY)
-    if found is None or plan == found:
-        return plan
-    return plan._replace(because=f"{found.because}, where those forms fit; the others reasoned")
+    if found is None:
+        return plan, Because(*(f"reasoned, not measured: {reason}" for reason in reasons))
+    forms, because = plan._asdict(), {}
+    for part, form in found.plan._asdict().items():
+        refused = why_not(facts, form)
+        if refused:
+            because[part] = f"reasoned: {getattr(reasons, part)}; what was measured does not fit, since {refused}"
+        else:
+            forms[part], because[part] = form, found.because
+    if isinstance(forms["backward"], Inside) and facts.work == "busy":
+        forms["backward"], because["backward"] = INSIDE_BUSY, f"{found.because} with another tile: {BUSY}"
+    return Plan(**forms), Because(**because)
 
 
-def _admits(facts: Facts, form: object) -> bool:
+def why_not(facts: Facts, form: object) -> str:
+    """Why a layer cannot have a form; empty where it can."""
     is_plain = facts.skip in ("none", "identity", "residual")
+    if isinstance(form, (PersistentTile, Inside)) and not (is_plain and facts.is_described):
+        return _why_not_described(facts)
     if isinstance(form, PersistentTile):
         is_whole = form.BLOCK_N >= facts.N and form.BLOCK_K >= facts.K
-        return is_plain and facts.is_described and not (is_whole and facts.skip == "residual")
+        return "a tile of a residual has no room beside all of w" if is_whole and facts.skip == "residual" else ""
     if isinstance(form, Elementwise):
-        return facts.skip != "concat" and not facts.is_invariant
-    if isinstance(form, Inside):
         return (
-            is_plain
-            and facts.is_described
-            and facts.trusts_registers
-            and facts.work != "apart"
-            and not facts.is_together
+            "the library's products have nowhere to leave a concatenation" if facts.skip == "concat" else _varies(facts)
         )
-    if isinstance(form, Separate) and form.dx is None and facts.is_invariant:
-        return False
-    if isinstance(form, (Together, Separate)):
-        return isinstance(form, Together) == facts.is_together
-    return not isinstance(form, SplitTile) or facts.is_described or not form.by_descriptors
+    if isinstance(form, Inside):
+        if not facts.trusts_registers:
+            return "ptxas before 13.3 has not passed the sweep of operands in registers on this GPU"
+        if facts.work == "apart":
+            return "what backward does for each number takes a kernel of its own"
+        return "forward keeps x alone" if facts.is_together else ""
+    if isinstance(form, Together):
+        return "" if facts.is_together else "forward keeps what backward in pieces reads"
+    if isinstance(form, Separate):
+        return "forward keeps x alone" if facts.is_together else _varies(facts) if form.dx is None else ""
+    if isinstance(form, SplitTile) and form.by_descriptors and not facts.is_described:
+        return _why_not_described(facts)
+    return ""
+
+
+def _why_not_described(facts: Facts) -> str:
+    if facts.skip in ("projection", "concat"):
+        return f"descriptors are for a skip of one matrix of y's shape, and this is a {facts.skip}"
+    if facts.capability < 90:
+        return "this GPU copies no tiles by descriptors"
+    return "an operand is of another dtype, or its rows do not begin at multiples of 16 bytes"
+
+
+def _varies(facts: Facts) -> str:
+    return "a row's bits may not depend on the batch, and the library's do" if facts.is_invariant else ""
 
 
 def _is_together(N: int, K: int, skip: str, mode: str, choice: Triton) -> bool:
@@ -164,7 +243,7 @@ def _is_together(N: int, K: int, skip: str, mode: str, choice: Triton) -> bool:
     if _rows_together(N, K, mode, choice.target, choice.capability) is None:
         return False
     found = measured.plan(choice.gpu, N, K, mode, False)
-    return found is None or isinstance(found.backward, Together)
+    return found is None or isinstance(found.plan.backward, Together)
 
 
 def _rows_together(N: int, K: int, mode: str, target: str, capability: int) -> StackTile | None:
@@ -201,46 +280,65 @@ def _is_row(size: int) -> bool:
 # ---------------------------------------------------------------------------------------------- the heuristic
 
 
-def _heuristic(facts: Facts) -> Plan:
+def heuristic(facts: Facts) -> tuple[Plan, Because]:
     """Reasoned, not measured: the largest tiles that do not spill (`python bench/lens.py`), by the bytes they move."""
-    keeps = not facts.is_together
-    return Plan(_forward(facts, False), _forward(facts, keeps), _backward(facts), None)
+    (forward, why), (training, why_training) = (_forward(facts, keeps) for keeps in (False, not facts.is_together))
+    backward, why_backward = _backward(facts)
+    why_weight = "it sums dw itself" if facts.is_together else "the library's products over many rows are hard to beat"
+    return Plan(forward, training, backward, None), Because(why, why_training, why_backward, why_weight)
 
 
-def _forward(facts: Facts, keeps: bool) -> Tile | PersistentTile | Elementwise:
+def _forward(facts: Facts, keeps: bool) -> tuple[Tile | PersistentTile | Elementwise, str]:
     if _takes_library(facts):
-        return ELEMENTWISE
-    if facts.is_skinny or facts.dtype == torch.float32 or facts.skip in ("projection", "concat"):
-        return _tile(facts, facts.N, facts.K, "forward")
-    if not facts.is_described:
-        return _tile(facts, facts.N, facts.K, "forward")
+        return ELEMENTWISE, LIBRARY
+    by_pointers = _tile(facts, facts.N, facts.K, "forward")
+    if facts.is_skinny:
+        return by_pointers, FEW
+    if facts.skip in ("projection", "concat") or not facts.is_described:
+        return by_pointers, _why_not_described(facts)
+    if facts.dtype == torch.float32:
+        return by_pointers, "tiles by descriptors are laid out for 16 bits"
     widest = max(facts.N, facts.K)
     whole = WHOLE[_power_of_two(widest, 64, WHOLE_UP_TO)]
-    if widest <= whole.BLOCK_N and not (keeps and widest > TOGETHER_UP_TO) and _admits(facts, whole):
-        return whole
-    return TILED if facts.K <= TILED_UP_TO else TILED_DEEP
+    if widest <= whole.BLOCK_N and not (keeps and widest > TOGETHER_UP_TO) and not why_not(facts, whole):
+        return whole, "all of w stays in a program's shared memory"
+    if facts.K <= TILED_UP_TO:
+        return TILED, "one of two programs finishes a tile while the other multiplies"
+    return TILED_DEEP, f"above K = {TILED_UP_TO} there is little to finish, and larger tiles read less"
 
 
-def _backward(facts: Facts) -> Separate | Inside | Together:
+def _backward(facts: Facts) -> tuple[Separate | Inside | Together, str]:
     if facts.is_together:
         rows = _rows_together(facts.N, facts.K, facts.mode, facts.target, facts.capability)
-        return Together(rows._replace(BLOCK_M=16) if facts.is_skinny else rows)
+        one = Together(rows._replace(BLOCK_M=16) if facts.is_skinny else rows)
+        return one, "one kernel reads x and ∂L/∂y once, and has room for dw in its registers"
     dz = _tile(facts, facts.N, facts.K, "dz")
     by_library, in_pieces = Separate(dz, None), Separate(dz, _tile(facts, facts.K, facts.N, "dx"))
     if _takes_library(facts):
-        return by_library
-    if facts.is_skinny or facts.dtype.itemsize > 2:
-        return in_pieces
+        return by_library, LIBRARY
+    if facts.is_skinny:
+        return in_pieces, FEW
+    if facts.dtype.itemsize > 2:
+        return in_pieces, "dz inside the product for dx is laid out for 16 bits"
     if facts.K <= INSIDE_UP_TO:
-        return INSIDE if _admits(facts, INSIDE) else in_pieces
-    return by_library if facts.is_described and _admits(facts, by_library) else in_pieces
+        refused = why_not(facts, INSIDE)
+        return (in_pieces, refused) if refused else (INSIDE, "dz is made where dx reads it, and written once for dw")
+    if not facts.is_described:
+        return in_pieces, f"by pointers until measured otherwise: {_why_not_described(facts)}"
+    refused = why_not(facts, by_library)
+    why = f"above K = {INSIDE_UP_TO} each tile across would make dz again, and the library multiplies well"
+    return (in_pieces, refused) if refused else (by_library, why)
 
 
 def _takes_library(facts: Facts) -> bool:
     """Exact fp32 has no matrix unit: there the library's products are the better ones, and a pass is little to them."""
     is_large = min(facts.N, facts.K) >= LIBRARY_FROM and not facts.is_skinny
-    return facts.is_exact_fp32 and is_large and facts.target != "hip" and _admits(facts, ELEMENTWISE)
+    return facts.is_exact_fp32 and is_large and facts.target != "hip" and not why_not(facts, ELEMENTWISE)
 
+
+LIBRARY = "exact float32 has no matrix unit: the library's products are better, and a pass is little beside them"
+FEW = f"up to {SKINNY} rows read w rather than x, in low tiles"
+BUSY = "the one measured is for layers that do less to each number"
 
 ELEMENTWISE = Elementwise(32, 128, 4)
 # w in shared memory, by the width that N and K are padded to; a multiprocessor has as many programs as its memory takes

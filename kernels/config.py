@@ -106,4 +106,3 @@ class Plan(NamedTuple):
     training: Tile | PersistentTile | Elementwise
     backward: Separate | Inside | Together
     weight: SplitTile | None
-    because: str = "reasoned, not measured"

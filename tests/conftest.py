@@ -121,9 +121,9 @@ def forget_choices() -> None:
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Narrow layers too have dz and dx in kernels of their own, in Triton."""
     monkeypatch.setattr(plans, "TOGETHER_UP_TO", 0)
-    plans.plan_of.cache_clear()
+    plans.forget()
     yield
-    plans.plan_of.cache_clear()
+    plans.forget()
 
 
 @pytest.fixture

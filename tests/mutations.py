@@ -108,11 +108,33 @@ MUTATIONS = {
     "inside: post skip without its slope": Mutation(
         "kernels/triton/layer_backward_inside.py", "ds *= kept_skip.load", "kept_skip.load", DESCRIBED
     ),
+    "launching: any address": Mutation(
+        "kernels/triton/launching.py", "value.data_ptr() % 16 == 0", "True", "test_launching.py"
+    ),
+    "launching: any seed": Mutation(
+        "kernels/triton/launching.py", "-(2**31) <= value < 2**31 if", "True if", "test_launching.py"
+    ),
+    "launching: any stride": Mutation("kernels/triton/launching.py", "else value)", "else int)", "test_launching.py"),
+    "launching: any dtype": Mutation(
+        "kernels/triton/launching.py", "(value.dtype, value", "(value", "test_launching.py"
+    ),
+    "launching: constants not told apart": Mutation(
+        "kernels/triton/launching.py", "    key += compiled_for.values()\n", "", "test_launching.py"
+    ),
     "plans: a measured form that does not fit": Mutation(
         "fusedres/plans.py",
-        "for name, form in forms.items() if _admits(facts, form)",
-        "for name, form in forms.items()",
+        "        if refused:\n            because[part]",
+        "        if False:\n            because[part]",
         "test_plans.py",
+    ),
+    "plans: eager measured on plain layers for any": Mutation(
+        "fusedres/plans.py",
+        "if learns or not is_plain or spec.batch_invariant or spec.watch:",
+        "if False:",
+        "test_plans.py",
+    ),
+    "plans: eager in training measured by calls": Mutation(
+        "fusedres/plans.py", '"training" if trains else "forward"', '"forward"', "test_plans.py"
     ),
     "plans: the copy engine takes any first byte": Mutation(
         "fusedres/plans.py", " and t.data_ptr() % 16 == 0", "", "test_plans.py"
@@ -685,13 +707,13 @@ MUTATIONS |= {
     ),
     "narrow: ds in g's memory": Mutation(NARROW, "ds = residual.new_empty(M, N)", "ds = g", "test_narrow.py -k share"),
     "narrow: z only for da": Mutation(
-        NARROW, 'NEEDS_Z=spec.activation != "none" or wanted', "NEEDS_Z=wanted", "test_narrow.py -k subset"
+        NARROW, '"NEEDS_Z": spec.activation != "none" or wanted', '"NEEDS_Z": wanted', "test_narrow.py -k subset"
     ),
     "narrow: one half recorded twice": Mutation(
         NARROW, "unscale_ptr, dx, skip,", "unscale_ptr, dx, dx,", "test_narrow.py -k recorded"
     ),
     "narrow: widest rows cut": Mutation(
-        NARROW, "BLOCK_K=padded(K)", "BLOCK_K=min(64, padded(K))", "test_narrow.py -k widest"
+        NARROW, '"BLOCK_K": padded(K)', '"BLOCK_K": min(64, padded(K))', "test_narrow.py -k widest"
     ),
 }
 

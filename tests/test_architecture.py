@@ -40,6 +40,7 @@ ARROWS = {
         "dispatch",
         "explanation",
         "ops",
+        "plans",
         "recording",
         "reference",
         "residual_dispatch",

@@ -198,7 +198,9 @@ def test_explain_tells_tiles(run, monkeypatch):
     device = "cuda" if HAS_GPU else "cpu"
     (call,) = json.loads(run("explain", made, "--json")[1])["calls"]
     assert call["backend"].startswith("triton")
-    assert set(call["tiles"]) == {"form", "forward", "training", "backward", "weight", "because"}
+    assert set(call["tiles"]) == {"form", "forward", "training", "backward", "weight"}
+    assert call["tiles_because"].keys() == set(call["tiles"]) - {"form"}
+    assert "not measured" in call["tiles_because"]["forward"]
     assert call["tiles"]["forward"]["BLOCK_M"] > 0
     assert call["tiles"]["backward"]["form"] == "Together"
 

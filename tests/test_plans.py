@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from fusedres import assembler, dispatch, measured, plans
+from fusedres import (
+    FusedResidualLinear,
+    assembler,
+    batch_invariant,
+    dispatch,
+    explain,
+    explanation,
+    measured,
+    ops,
+    plans,
+)
 from fusedres.dispatch import Triton
 from fusedres.kernels.config import (
     Elementwise,
@@ -39,12 +50,21 @@ def plan_for(
     return plans.layer_plan(operands or operands_of(M, N, K, dtype), LayerSpec(**spec), choice, dtype)
 
 
+def because_of(M: int, N: int, K: int, dtype: torch.dtype = HALF, choice: Triton = H100, **spec) -> plans.Because:
+    return plans.explained(operands_of(M, N, K, dtype), LayerSpec(**spec), choice, dtype)[1]
+
+
 @pytest.fixture(autouse=True)
 def _forgotten():
     """What a test has measured, or set, is not there for the next."""
     yield
+    forget()
+
+
+def forget() -> None:
     measured._plans.cache_clear()
-    plans.plan_of.cache_clear()
+    measured.has_eager.cache_clear()
+    plans.forget()
 
 
 # ------------------------------------------------------------------------------------------------ never of M
@@ -141,6 +161,33 @@ def test_the_library_is_left_out_where_bits_may_not_depend_on_the_batch(on_file)
     assert isinstance(plan.backward, Inside), "the measured one has dx by the library"
 
 
+def test_every_part_has_its_reason():
+    """That of the form it is of, and of what stood in the way of a better one."""
+    wary = Triton("", "cuda", 90, H100.gpu, trusts_registers=False)
+    for part, words, because in (
+        ("forward", "shared memory", because_of(4096, 64, 64)),
+        ("forward", "finishes a tile while", because_of(4096, 512, 512)),
+        ("forward", "larger tiles read less", because_of(4096, 4096, 4096)),
+        ("forward", "read w rather than x", because_of(64, 512, 512)),
+        ("forward", "copies no tiles by descriptors", because_of(4096, 512, 512, choice=A100)),
+        ("forward", "multiples of 16 bytes", because_of(4096, 513, 512)),
+        ("forward", "laid out for 16 bits", because_of(4096, 64, 64, torch.float32)),
+        ("forward", "no matrix unit", because_of(4096, 512, 512, torch.float32)),
+        ("backward", "in its registers", because_of(4096, 64, 64)),
+        ("weight", "sums dw itself", because_of(4096, 64, 64)),
+        ("backward", "where dx reads it", because_of(4096, 512, 512)),
+        ("backward", "has not passed the sweep", because_of(4096, 512, 512, choice=wary)),
+        ("backward", "a kernel of its own", because_of(4096, 512, 512, recompute=True)),
+        ("backward", "this is a concat", because_of(4096, 512, 512, skip="concat")),
+        ("backward", "would make dz again", because_of(4096, 4096, 4096)),
+        ("backward", "depend on the batch", because_of(4096, 4096, 4096, batch_invariant=True)),
+        ("weight", "hard to beat", because_of(4096, 512, 512)),
+    ):
+        reason = getattr(because, part)
+        assert reason.startswith("reasoned, not measured: ")
+        assert words in reason, (part, words, reason)
+
+
 def test_what_forward_keeps_is_known_without_memory():
     for N, skip, alone in ((128, "identity", True), (129, "identity", False), (128, "concat", False)):
         given = operands_of(4096, N, 128)
@@ -187,18 +234,16 @@ MEASURED = Plan(
     Tile(32, 32, 32, 4, 2),
     Separate(Tile(16, 32, 32, 4, 2), None),
     SplitTile(64, 64, 64, 4, 3, 8, True),
-    f"measured on {H100.gpu}, 2026-01-02",
 )
 
 
 @pytest.fixture
 def on_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def write(plan: Plan, N: int, mode: str = "bf16") -> None:
-        row = {"N": N, "K": N, "mode": mode, "is_skinny": False, "plan": measured.encoded(plan)}
+    def write(plan: Plan, N: int, mode: str = "bf16", eager: dict[str, str] | None = None) -> None:
+        row = {"N": N, "K": N, "mode": mode, "is_skinny": False, "plan": measured.encoded(plan), "eager": eager or {}}
         record = {"gpu": H100.gpu, "date": "2026-01-02", "layers": [row]}
         measured.file(H100.gpu).write_text(json.dumps(record))
-        measured._plans.cache_clear()
-        plans.plan_of.cache_clear()
+        forget()
 
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
     return write
@@ -220,7 +265,9 @@ def test_measured_forms_that_do_not_fit_are_not_taken(on_file):
     on_file(MEASURED, 512)
     plan = plan_for(4096, 512, 512, skip="projection")
     assert isinstance(plan.forward, Tile), "descriptors take no projection"
-    assert plan.because.endswith("where those forms fit; the others reasoned")
+    because = because_of(4096, 512, 512, skip="projection")
+    assert because.weight == f"measured on {H100.gpu}, 2026-01-02"
+    assert because.forward.endswith("descriptors are for a skip of one matrix of y's shape, and this is a projection")
     transposed = Operands(torch.empty(4096, 512, dtype=HALF), torch.empty(512, 512, dtype=HALF).t())
     plan = plan_for(0, 512, 512, operands=transposed)
     assert isinstance(plan.forward, Tile)
@@ -243,10 +290,47 @@ def test_a_narrow_layer_measured_faster_in_pieces_keeps_what_these_read(on_file)
     assert plans.keeps_input_alone(given, LayerSpec(), H100)
 
 
+def test_eager_is_taken_where_it_was_measured_faster(on_file, monkeypatch):
+    """As a call or as a step of training, of plain layers alone, and never while a batch may not matter."""
+    monkeypatch.setattr(dispatch, "backend", lambda device, dtype: H100)
+    monkeypatch.setattr(ops, "residual_linear", lambda operands, spec: operands.x)  # there is no GPU to run it
+    on_file(MEASURED, 16, eager={"forward": "1 ms by eager PyTorch, 2 fused"})
+    layer, x = FusedResidualLinear(16).to(HALF), torch.randn(80, 16, dtype=HALF)
+
+    def backend(module: torch.nn.Module = layer, rows: torch.Tensor = x) -> str:
+        calls: list[explanation.Call] = []
+        with mock.patch.object(explanation, "_listener", calls):
+            module(rows)
+        return calls[0].backend
+
+    with torch.no_grad():
+        assert backend() == "eager"
+        (call,) = explain(layer, x)
+        assert call.choice.because == f"measured on {H100.gpu}, 2026-01-02: 1 ms by eager PyTorch, 2 fused"
+        assert call.in_training == H100
+        assert "in training: triton" in str(call)
+        with batch_invariant():
+            assert backend() == "triton"
+        assert backend(rows=x[:64]) == "triton", "few rows were not"
+        assert backend(FusedResidualLinear(16, learn_skip_scale=True).to(HALF)) == "triton"
+        assert backend(FusedResidualLinear(16, drop_path=0.5).to(HALF)) == "triton"
+        assert backend(FusedResidualLinear(16, order="post").to(HALF)) == "triton"
+        assert backend(FusedResidualLinear(16), x.float()) == "triton", "of another dtype"
+        with torch.autocast("cpu", HALF):
+            assert backend() == "triton"
+    assert backend() == "triton", "a step of training was measured slower"
+    on_file(MEASURED, 16, eager={"training": "1 ms by eager PyTorch, 2 fused"})
+    assert backend() == "eager"
+    with torch.no_grad():
+        assert backend() == "triton"
+    (call,) = explain(layer, x)
+    assert call.backend == "triton"
+    assert "    in training: eager, because measured on" in str(call)
+
+
 def test_plans_go_to_json_and_back():
     for plan in (MEASURED, plan_for(4096, 64, 64), plan_for(4096, 512, 512), plan_for(4096, 512, 512, torch.float32)):
         assert measured.decoded(json.loads(json.dumps(measured.encoded(plan)))) == plan
-    assert "not measured" in plan_for(4096, 64, 64).because
 
 
 def test_tiles_that_are_committed_can_be_read():

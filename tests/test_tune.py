@@ -17,13 +17,14 @@ from examine import Finding, Job, Workers, examined
 from integers import HAS_GPU
 from timing import Quartiles
 
-from fusedres import measured, plans
+from fusedres import launch, measured, plans
 from fusedres.dispatch import Triton
 from fusedres.kernels.config import Elementwise, Plan, Separate, Tile, Together
 from fusedres.kernels.spec import LayerSpec, Operands
 from fusedres.kernels.triton import layer_library
 
 WIDTHS = [N for N, _ in tune.SIZES]
+WHOLE = ("whole forward", "whole training")
 MODE = "bf16" if HAS_GPU else "fp16"  # the interpreter is wrong in bf16
 
 
@@ -41,7 +42,7 @@ def _forgotten():
     yield
     torch.set_float32_matmul_precision(before)
     measured._plans.cache_clear()
-    plans.plan_of.cache_clear()
+    plans.forget()
 
 
 # ------------------------------------------------------------------------------------------------ candidates
@@ -64,7 +65,7 @@ def test_candidates_begin_with_the_heuristics_choice(mode, is_skinny, capability
             assert 2 <= len(forms) <= MOST
             assert len({label(form) for form in forms}) == len(forms)
             assert all(measured.decoded(measured.encoded(form)) == form for form in forms)
-            assert all(plans._admits(facts, form) for form in forms) or (is_one and part == "backward")
+            assert not any(plans.why_not(facts, form) for form in forms) or (is_one and part == "backward")
             assert all(sizes_are_powers_of_two(form) for form in forms), forms
 
 
@@ -191,7 +192,7 @@ def decided(monkeypatch, facts, times_ms, why=lambda part, form: "", is_together
     monkeypatch.setattr(tune, "why_not", lambda call: "")
     examine = lambda jobs: [Finding(w, w == "wrong") for w in (why(job.part, job.form) for job in jobs)]  # noqa: E731
     time_of = lambda calls: times(**{name: times_ms(name) for name in calls})  # noqa: E731
-    row = tune.tuned(facts, 8, is_together, SimpleNamespace(examine=examine), time_of, MOST)
+    row = tune.tuned(facts, 8, is_together, SimpleNamespace(examine=examine), tune.Timers(time_of, time_of), MOST)
     return row, measured.decoded(json.loads(json.dumps(row["plan"])))
 
 
@@ -200,7 +201,7 @@ def test_without_a_faster_one_the_heuristic_stays(monkeypatch):
         for is_skinny in (False, True):
             facts = facts_of(width, is_skinny=is_skinny)
             row, plan = decided(monkeypatch, facts, lambda name: 1.0, is_together=is_skinny or None)
-            assert plan[:4] == plans.plan_of(facts)[:4]
+            assert plan == plans.plan_of(facts)
             assert (row["N"], row["K"], row["mode"], row["is_skinny"]) == (width, width, MODE, is_skinny)
             assert row["excluded"] == {}
 
@@ -210,7 +211,7 @@ def test_the_fastest_of_each_part_is_taken(monkeypatch):
     fast = {part: forms[-1] for part, forms in candidates(facts, 8, 1).items()}
     names = {label(form) for form in fast.values()}
     row, plan = decided(monkeypatch, facts, lambda name: 1.0 if name in names else 2.0)
-    assert plan[:4] == Plan(**fast)[:4]
+    assert plan == Plan(**fast)
     assert row["milliseconds"]["weight"][label(fast["weight"])] == 1.0
     assert row["milliseconds"]["weight"]["None"] == 2.0
 
@@ -243,7 +244,7 @@ def test_a_narrow_layer_goes_in_pieces_where_a_step_of_training_is_faster_so(mon
     assert not isinstance(plan.backward, Together), "few rows follow many"
     row, plan = decided(monkeypatch, facts_of(64, is_skinny=True), lambda name: 1.0, is_together=True)
     assert isinstance(plan.backward, Together)
-    assert row["milliseconds"].keys() == {"forward", "weight", "together"}
+    assert row["milliseconds"].keys() == {"forward", "weight", "together", *WHOLE}
 
 
 def test_a_step_is_forward_and_all_of_backward(monkeypatch):
@@ -254,6 +255,29 @@ def test_a_step_is_forward_and_all_of_backward(monkeypatch):
         tune.Subject.of(facts_of(64), 8).step(chosen, parts)()
     assert [part for part, _ in done] == ["forward", "together", "training", "backward", "weight"]
     assert {form for _, form in done} == {"its form"}
+
+
+def test_eager_is_noted_where_the_whole_layer_is_slower_beyond_noise(monkeypatch):
+    for eager, expected in ((1.0, {"forward", "training"}), (1.9, set()), (3.0, set())):
+        row, _ = decided(monkeypatch, facts_of(64), lambda name, ms=eager: {"eager": ms, "fused": 2.0}.get(name, 1.0))
+        assert set(row["eager"]) == expected
+        assert all(row["milliseconds"][kind] == {"fused": 2.0, "eager": eager} for kind in WHOLE)
+    row, _ = decided(monkeypatch, facts_of(64), lambda name: {"eager": 0.5, "fused": 2.0}.get(name, 1.0))
+    assert row["eager"]["forward"] == "0.5 ms by eager PyTorch, 2 fused"
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "training"])
+def test_the_whole_layer_is_the_same_fused_and_eager(trains, monkeypatch):
+    ran = []
+    forward = launch._triton_forward
+    monkeypatch.setattr(launch, "_triton_forward", lambda *given: (ran.append(given), forward(*given))[1])
+    subject = tune.Subject.of(facts_of(32), 8)
+    with tune.planned(plans.plan_of(facts_of(32))):
+        fused, eager = (call() for call in subject.whole(trains).values())
+    assert trains == isinstance(fused, tuple)
+    for got, wanted in zip(fused if trains else [fused], eager if trains else [eager], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
+    assert len(ran) == 1, "eager launches nothing"
 
 
 def test_a_part_without_any_form_is_an_error(monkeypatch):
@@ -278,15 +302,15 @@ def test_what_it_writes_is_what_dispatch_reads(tmp_path, monkeypatch):
     ]
     assert "is_wrong" not in record["layers"][0]
     assert record["layers"][0]["excluded"] == {}
-    assert record["layers"][0]["milliseconds"].keys() == {*tune.PARTS, "together", "step"}
+    assert record["layers"][0]["milliseconds"].keys() == {*tune.PARTS, "together", "step", *WHOLE}
 
     out.rename(measured.file(record["gpu"]))
     gpu = Triton("", "cuda", 90, record["gpu"])
     for row, M in zip(record["layers"], (4096, 8), strict=True):
         x, weight = (torch.empty(shape, dtype=MODES[MODE].dtype, device="meta") for shape in ((M, 32), (32, 32)))
-        plan = plans.layer_plan(Operands(x, weight), LayerSpec(), gpu, x.dtype)
-        assert plan[:4] == measured.decoded(row["plan"])[:4]
-        assert plan.because == f"measured on {record['gpu']}, {record['date']}"
+        plan, because = plans.explained(Operands(x, weight), LayerSpec(), gpu, x.dtype)
+        assert plan == measured.decoded(row["plan"])
+        assert set(because) == {f"measured on {record['gpu']}, {record['date']}"}
 
 
 SEPARATE = Separate(Tile(16, 16, 16, 4, 2), None)
@@ -298,7 +322,7 @@ def stubbed(monkeypatch):
     done: list[tuple[int, bool]] = []
     plan = measured.encoded(plans.plan_of(facts_of(32)))
 
-    def tuned(facts, rows, is_together, workers, time_of, most):
+    def tuned(facts, rows, is_together, workers, timers, most):
         if facts.K == 48:
             raise LookupError("nothing is left")
         done.append((facts.N, facts.is_skinny, is_together))
@@ -308,7 +332,7 @@ def stubbed(monkeypatch):
 
     monkeypatch.setattr(tune, "tuned", tuned)
     monkeypatch.setattr(tune.time, "perf_counter", lambda: 10.0 * len(done))
-    monkeypatch.setattr(tune, "timer", lambda is_dry: None)
+    monkeypatch.setattr(tune, "timers", lambda is_dry: None)
     return done
 
 

@@ -47,6 +47,8 @@ def _call(call: Call) -> dict[str, Any]:
         "way": call.way and call.way.name,
         "way_because": call.way and call.way.because,
         "tiles": encoded(call.tiles),
+        "tiles_because": call.because and call.because._asdict(),
+        "in_training": call.in_training and call.in_training.because,
         "keeps": call.keeps,
         "threads": call.threads,
     }

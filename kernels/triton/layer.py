@@ -20,6 +20,7 @@ from torch import Tensor
 from ..config import Tile
 from ..spec import LayerSpec, Operands
 from .activations import activate, formula, slope
+from .launching import cdiv, launch
 from .philox import drop_rows
 from .tile import add_bias, branch_scale, load, place, product, scale, store
 
@@ -132,19 +133,21 @@ def forward(
     y = x.new_empty(M, S + N, dtype=dtype)
     kept = x.new_empty(M, N, dtype=operands.kept_dtype) if keep else None
     s = x.new_empty(M, N) if keep_skip else None
-    tiles = triton.cdiv(M, tile.BLOCK_M) * (triton.cdiv(N, tile.BLOCK_N) + triton.cdiv(S, tile.BLOCK_N))
-    _forward_kernel[(tiles,)](
+    tiles = cdiv(M, tile.BLOCK_M) * (cdiv(N, tile.BLOCK_N) + cdiv(S, tile.BLOCK_N))
+    given = (
         y, S + N, kept, s,
         x, x.stride(0), w, *w.stride(), b,
         r, 0 if r is None else r.stride(0), p, *((0, 0) if p is None else p.stride()), c,
         lam, spec.skip_scale, a, spec.branch_scale,
         0 if seed is None else int(seed), spec.drop_threshold, spec.keep_scale,
         M, N, K, S,
-        IS_CONCAT=spec.skip == "concat", KEEPS_SLOPE=keep and operands.keeps_slope, **options(spec, a, x.dtype),
-        PRECISION=precision,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    compiled_for = {
+        **options(spec, a, x.dtype), "IS_CONCAT": spec.skip == "concat", "KEEPS_SLOPE": keep and operands.keeps_slope,
+        "PRECISION": precision, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    launch(_forward_kernel, tiles, given, compiled_for)
     return y, kept, s
 
 

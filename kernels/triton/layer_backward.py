@@ -18,6 +18,7 @@ from ..config import Inside, Separate, SplitTile, Tile
 from ..record import Recording
 from ..spec import Gradients, LayerSpec, Operands, Wanted
 from .activations import activate
+from .launching import cdiv, launch
 from .layer import descend, options, rows, skip_tensor, vector
 from .layer_backward_inside import dz_and_dx, skip_of_inside
 from .layer_persistent import is_described
@@ -220,13 +221,13 @@ def _dz(
     # of concat, λ's sum is over the front of g, and the others over the rest
     fronts = {name: is_concat and name == "skip_scale" for name in names}
     into = {
-        name: x.new_empty(triton.cdiv(M, tile.BLOCK_M), S if is_front else N, dtype=torch.float32)
+        name: x.new_empty(cdiv(M, tile.BLOCK_M), S if is_front else N, dtype=torch.float32)
         for name, is_front in fronts.items()
     }
 
     copies = S if sums_skip else 0
-    programs = triton.cdiv(M, tile.BLOCK_M) * (triton.cdiv(N, tile.BLOCK_N) + triton.cdiv(copies, tile.BLOCK_N))
-    _dz_kernel[(programs,)](
+    programs = cdiv(M, tile.BLOCK_M) * (cdiv(N, tile.BLOCK_N) + cdiv(copies, tile.BLOCK_N))
+    given = (
         dz, ds, into.get("bias"), into.get("branch_scale"), into.get("skip_scale"), into.get("projection_bias"),
         g, g.stride(0), kept, s,
         x, x.stride(0), w, *w.stride(), b,
@@ -234,12 +235,15 @@ def _dz(
         lam, spec.skip_scale, a, spec.branch_scale,
         0 if seed is None else int(seed), spec.drop_threshold, spec.keep_scale,
         M, N, K, S,
-        IS_CONCAT=is_concat, **options(spec, a, x.dtype), PRECISION=precision,
-        HAS_SLOPE=has_slope, NEEDS_Z=not has_slope and (spec.activation != "none" or wanted.branch_scale),
-        NEEDS_SKIP=needs_skip(spec, wanted.skip_scale, has_slope),
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    compiled_for = {
+        **options(spec, a, x.dtype), "IS_CONCAT": is_concat, "PRECISION": precision, "HAS_SLOPE": has_slope,
+        "NEEDS_Z": not has_slope and (spec.activation != "none" or wanted.branch_scale),
+        "NEEDS_SKIP": needs_skip(spec, wanted.skip_scale, has_slope),
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    launch(_dz_kernel, programs, given, compiled_for)
 
     return dz, ds, added(into, operands)
 
@@ -279,16 +283,19 @@ def _dx(
         return _dx_by_library(dz, w, ds, p, lam, fixed, recording)
     (M, N), K = dz.shape, w.shape[1]
     dx = dz.new_empty(M, K)
-    programs = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(K, tile.BLOCK_N)
+    programs = cdiv(M, tile.BLOCK_M) * cdiv(K, tile.BLOCK_N)
     parts = None if recording is None else fresh_rows(dz, programs, 1)
-    _dx_kernel[(programs,)](
+    given = (
         dx, dz, w, *w.stride(), ds, 0 if ds is None else ds.stride(0), p, *((0, 0) if p is None else p.stride()),
         lam, fixed,
         parts, None if recording is None else factor(recording.unscale, dz),
         M, N, K,
-        PRECISION=precision, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    compiled_for = {
+        "PRECISION": precision, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    launch(_dx_kernel, programs, given, compiled_for)
     if recording is not None:
         recording.note(parts)
     return dx

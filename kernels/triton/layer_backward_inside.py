@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import PersistentTile
 from ..spec import LayerSpec, Operands, Wanted
 from .activations import activate
+from .launching import cdiv, launch
 from .layer import descend, options, skip_tensor, vector
 from .layer_persistent import columns, described, grouped, is_described
 from .philox import drop_rows
@@ -131,12 +132,12 @@ def dz_and_dx(
     dz, dx = operands.x.new_empty(M, N), operands.x.new_empty(M, K)
 
     names = [name for name in ("bias", "branch_scale", "skip_scale") if getattr(wanted, name)]
-    into = {name: dz.new_empty(triton.cdiv(M, tile.BLOCK_M), N, dtype=torch.float32) for name in names}
+    into = {name: dz.new_empty(cdiv(M, tile.BLOCK_M), N, dtype=torch.float32) for name in names}
     part, step = [tile.BLOCK_M, tile.BLOCK_N // tile.parts], [tile.BLOCK_M, tile.BLOCK_K]
     has_skip = spec.skip == "identity"
-    tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(K, tile.BLOCK_N)
+    tiles = cdiv(M, tile.BLOCK_M) * cdiv(K, tile.BLOCK_N)
     programs = min(tiles, tile.residents * multiprocessors)
-    _kernel[(programs,)](
+    given = (
         described(dx, part), described(dz, step), described(g, step), described(kept, step),
         described(w, [tile.BLOCK_K, tile.BLOCK_N]), described(s, step),
         described(g, part) if has_skip else None,
@@ -145,11 +146,14 @@ def dz_and_dx(
         lam, spec.skip_scale, a, spec.branch_scale,
         0 if seed is None else int(seed), spec.drop_threshold, spec.keep_scale,
         M, N, K, programs,
-        **options(spec, a, operands.x.dtype), HAS_SLOPE=operands.keeps_slope, PRECISION=precision,
-        IS_ONE_ACROSS=tile.BLOCK_N >= K,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, PARTS=tile.parts, GROUP=tile.group,
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    compiled_for = {
+        **options(spec, a, operands.x.dtype), "HAS_SLOPE": operands.keeps_slope, "PRECISION": precision,
+        "IS_ONE_ACROSS": tile.BLOCK_N >= K,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K,
+        "PARTS": tile.parts, "GROUP": tile.group, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    launch(_kernel, programs, given, compiled_for)
     return dz, dx, into
 
 

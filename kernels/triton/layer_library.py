@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import Elementwise
 from ..spec import LayerSpec, Operands
+from .launching import cdiv, launch
 from .layer import finish, options, skip_tensor, vector
 from .tile import branch_scale, load, place, scale, store
 
@@ -53,13 +54,16 @@ def forward(
     keeps_z = keep and not keeps_slope
     y = z if dtype == z.dtype and not keeps_z else z.new_empty(M, N, dtype=dtype)
     slope = z.new_empty(M, N, dtype=operands.kept_dtype) if keeps_slope else None
-    _finish_kernel[(triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),)](
+    given = (
         y, slope, z, s, 0 if s is None else s.stride(0), lam, spec.skip_scale, a, spec.branch_scale,
         0 if seed is None else int(seed), spec.drop_threshold, spec.keep_scale,
         M, N,
-        **options(spec, a, x.dtype), KEEPS_SLOPE=keeps_slope,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, num_warps=tile.warps,
     )  # fmt: skip
+    compiled_for = {
+        **options(spec, a, x.dtype), "KEEPS_SLOPE": keeps_slope,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "num_warps": tile.warps,
+    }  # fmt: skip
+    launch(_finish_kernel, cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N), given, compiled_for)
     return y, z if keeps_z else slope, s if keep_skip else None
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from ..config import StackTile
 from ..record import Recording
 from ..spec import Gradients, LayerSpec, Operands, Wanted
-from .activations import activate, formula, slope
-from .layer import rows, skip_tensor, vector
+from .activations import activate, slope
+from .launching import cdiv, launch
+from .layer import options, rows, skip_tensor, vector
 from .layer_backward import needs_skip
 from .philox import keeps_row
 from .record import factor, fresh_rows, record
@@ -167,7 +168,7 @@ def backward(
     is_identity = spec.skip == "identity"
     reads_skip = needs_skip(spec, wanted.skip_scale, False)
     r = skip_tensor(operands, spec) if reads_skip and not is_identity else None
-    programs = min(programs, triton.cdiv(M, tile.BLOCK_M))
+    programs = min(programs, cdiv(M, tile.BLOCK_M))
 
     dx = x.new_empty(M, K) if wanted.x else None
     ds = residual.new_empty(M, N) if _writes_ds(operands, spec, wanted) else None
@@ -177,19 +178,21 @@ def backward(
         into["weight"] = x.new_empty(programs, N, K, dtype=torch.float32)
     parts = None if recording is None or not wanted.x else fresh_rows(x, programs, 1)
 
-    _backward_kernel[(programs,)](
+    given = (
         dx, ds, into.get("weight"), into.get("bias"), into.get("branch_scale"), into.get("skip_scale"),
         g, _row_stride(g), x, _row_stride(x), w, *w.stride(), b, r, None if r is None else _row_stride(r),
         lam, spec.skip_scale, a, spec.branch_scale,
         0 if seed is None else int(seed), spec.drop_threshold, spec.keep_scale,
         parts, None if parts is None else factor(recording.unscale, x),
         M, programs, N, K,
-        ACTIVATION=formula(spec.activation, x.dtype), IS_POST=spec.order == "post", IS_IDENTITY=is_identity,
-        IS_PER_CHANNEL=a is not None and a.dim() == 1, DROPS=spec.drop_path > 0, PRECISION=precision,
-        NEEDS_Z=spec.activation != "none" or wanted.branch_scale, NEEDS_SKIP=reads_skip,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=padded(N), BLOCK_K=padded(K), STAGES=tile.stages,
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    compiled_for = {
+        **options(spec, a, x.dtype), "IS_IDENTITY": is_identity, "PRECISION": precision,
+        "NEEDS_Z": spec.activation != "none" or wanted.branch_scale, "NEEDS_SKIP": reads_skip,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": padded(N), "BLOCK_K": padded(K), "STAGES": tile.stages,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    launch(_backward_kernel, programs, given, compiled_for)
 
     if parts is not None:
         recording.note(parts)

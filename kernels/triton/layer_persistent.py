@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config import PersistentTile
 from ..spec import LayerSpec, Operands
+from .launching import cdiv, launch
 from .layer import finish, options, rows, skip_tensor, vector
 from .tile import add_bias, branch_scale, scale
 
@@ -148,7 +149,7 @@ def forward(
     is_whole = tile.BLOCK_N >= N and tile.BLOCK_K >= K
     part = [tile.BLOCK_M, tile.BLOCK_N // tile.parts]
     is_at_hand = is_whole and spec.skip == "identity" and tile.BLOCK_N == tile.BLOCK_K
-    tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
     programs = min(tiles, tile.residents * multiprocessors)
     given = (
         described(y, part), described(kept, part),
@@ -162,9 +163,11 @@ def forward(
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if is_whole:
-        _whole_kernel[(programs,)](*given, M, N, programs, **compiled_for, IS_IDENTITY=is_at_hand, STAGES=tile.stages)
+        compiled_for |= {"IS_IDENTITY": is_at_hand, "STAGES": tile.stages}
+        launch(_whole_kernel, programs, (*given, M, N, programs), compiled_for)
     else:
-        _tiled_kernel[(programs,)](*given, M, N, K, programs, **compiled_for, BLOCK_K=tile.BLOCK_K, GROUP=tile.group)
+        compiled_for |= {"BLOCK_K": tile.BLOCK_K, "GROUP": tile.group}
+        launch(_tiled_kernel, programs, (*given, M, N, K, programs), compiled_for)
     return y, kept
 
 

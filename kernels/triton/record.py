@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..record import BRANCH, COUNT, LARGEST, OCTAVES, PRODUCT, ROW, SCALE, SKIP, SQUARES, SUM, ZEROS, Recording
+from .launching import launch
 
 _COUNT, _SUM, _SQUARES, _LARGEST, _ZEROS = (tl.constexpr(c) for c in (COUNT, SUM, SQUARES, LARGEST, ZEROS))
 _BRANCH, _SKIP, _PRODUCT, _SCALE, _OCTAVES, _ROW = (
@@ -116,10 +117,10 @@ def statistics(totals: Sequence[Tensor], branches: Sequence[Tensor], unscale: fl
     if first.is_cuda:
         addresses = addresses.pin_memory().to(first.device, non_blocking=True)
     parts = fresh_rows(first, len(totals), PROGRAMS)
-    _statistics_kernel[(len(totals) * PROGRAMS,)](
-        parts, addresses, factor(unscale, first),
-        ELEMENT=ELEMENTS[first.dtype], HAS_BRANCH=bool(branches), PROGRAMS=PROGRAMS, BLOCK_ROWS=16,
-    )  # fmt: skip
+    compiled_for = {
+        "ELEMENT": ELEMENTS[first.dtype], "HAS_BRANCH": bool(branches), "PROGRAMS": PROGRAMS, "BLOCK_ROWS": 16
+    }  # fmt: skip
+    launch(_statistics_kernel, len(totals) * PROGRAMS, (parts, addresses, factor(unscale, first)), compiled_for)
     return parts
 
 

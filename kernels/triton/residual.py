@@ -8,6 +8,8 @@ Sums leave the backward as partial ones in fp32: of every tile; of da of every r
 where a is by row or by column. torch adds them in their order.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from ..config import SumTile
 from ..spec import PER, LayerSpec, Terms, View, WantedTerms
+from .launching import cdiv, launch
 from .philox import drop_rows
 from .tile import load, place, row_tile, scale, store
 
@@ -49,12 +52,9 @@ def forward(terms: Terms, spec: LayerSpec, view: View, y: Tensor, tile: SumTile)
     """Writes y, which lies in memory as branch and x do."""
     b, x, a, lam, seed = terms
     (M, N), programs = _cut(view, tile)
-    _forward_kernel[(programs,)](
-        y, b, x, None if a is None else a.contiguous(), spec.branch_scale, lam, spec.skip_scale,
-        *_numbers(view, spec, seed, M, N),
-        PER=PER[view.per], DROPS=spec.drop_path > 0,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, num_warps=tile.warps,
-    )  # fmt: skip
+    a = None if a is None else a.contiguous()
+    given = (y, b, x, a, spec.branch_scale, lam, spec.skip_scale, *_numbers(view, spec, seed, M, N))
+    launch(_forward_kernel, programs, given, _options(view, spec, tile))
 
 
 @triton.jit(do_not_specialize=["M", "a", "lam", "C", "run", "seed", "threshold", "keep_scale"])
@@ -108,16 +108,13 @@ def backward(
     """
     b, x, a, lam, seed = terms
     (M, N), programs = _cut(view, tile)
-    rows, columns = triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)
+    rows, columns = cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N)
     parts = {"all": (programs,), "stretch": (M, columns), "column": (rows, N)}[PER[view.per]]
     da = g.new_empty(parts, dtype=torch.float32) if wanted.branch_scale else None
     dlam = g.new_empty(programs, dtype=torch.float32) if wanted.skip_scale else None
-    _backward_kernel[(programs,)](
-        db, dx, da, dlam, g, b, x, None if a is None else a.contiguous(), spec.branch_scale, lam, spec.skip_scale,
-        *_numbers(view, spec, seed, M, N),
-        PER=PER[view.per], DROPS=spec.drop_path > 0,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, num_warps=tile.warps,
-    )  # fmt: skip
+    scales = (None if a is None else a.contiguous(), spec.branch_scale, lam, spec.skip_scale)
+    given = (db, dx, da, dlam, g, b, x, *scales, *_numbers(view, spec, seed, M, N))
+    launch(_backward_kernel, programs, given, _options(view, spec, tile))
     if da is not None:
         total = da.view(-1, view.channels, columns).sum((0, 2)) if PER[view.per] == "stretch" else da.sum(0)
         da = total.reshape(a.shape).to(a.dtype)
@@ -128,7 +125,17 @@ def _cut(view: View, tile: SumTile) -> tuple[tuple[int, int], int]:
     """The memory as M rows of N columns, and how many programs share it."""
     size = view.stretches * view.length
     N = view.channels if PER[view.per] == "column" else view.length
-    return (size // N, N), triton.cdiv(size // N, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    return (size // N, N), cdiv(size // N, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
+
+
+def _options(view: View, spec: LayerSpec, tile: SumTile) -> dict[str, Any]:
+    return {
+        "PER": PER[view.per],
+        "DROPS": spec.drop_path > 0,
+        "BLOCK_M": tile.BLOCK_M,
+        "BLOCK_N": tile.BLOCK_N,
+        "num_warps": tile.warps,
+    }
 
 
 def _numbers(view: View, spec: LayerSpec, seed: Tensor | None, M: int, N: int) -> tuple:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config import StackTile
 from ..spec import Run
 from .activations import activate, formula
+from .launching import cdiv, launch
 from .layer import rows, vector
 from .philox import drop_rows, keeps_row
 from .tile import add_bias, store
@@ -184,12 +185,13 @@ def forward_into(
     """The same into memory that is there, dense matrices."""
     (M, d), L = x.shape, run.weight.shape[0]
     x = rows(x)
-    _forward_kernel[(triton.cdiv(M, tile.BLOCK_M),)](
-        y, kept, x, x.stride(0), *parameters(run),
-        M, L, every, d,
-        **options(run), PRECISION=precision, WIDTH=d, BLOCK_M=tile.BLOCK_M, BLOCK_D=padded(d), BLOCK_K=tile.BLOCK_K,
-        num_warps=tile.warps, num_stages=tile.stages, **ALL_REGISTERS,
-    )  # fmt: skip
+    compiled_for = {
+        **options(run), "PRECISION": precision, "WIDTH": d,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_D": padded(d), "BLOCK_K": tile.BLOCK_K,
+        "num_warps": tile.warps, "num_stages": tile.stages, **ALL_REGISTERS,
+    }  # fmt: skip
+    given = (y, kept, x, x.stride(0), *parameters(run), M, L, every, d)
+    launch(_forward_kernel, cdiv(M, tile.BLOCK_M), given, compiled_for)
 
 
 def parameters(run: Run) -> tuple[Tensor | float | None, ...]:
@@ -220,4 +222,4 @@ def options(run: Run) -> dict[str, str | bool]:
 
 def padded(d: int) -> int:
     """The power of two that a width is padded to: products have no fewer than 16 columns."""
-    return max(16, triton.next_power_of_2(d))
+    return max(16, 1 << (d - 1).bit_length())

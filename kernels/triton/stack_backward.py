@@ -24,6 +24,7 @@ from ..config import StackTile, StackTiles
 from ..record import Recording
 from ..spec import Gradients, Run, Wanted
 from .activations import activate, slope
+from .launching import cdiv, launch
 from .layer import rows
 from .layer_backward import library_product_over_rows
 from .philox import drop_rows
@@ -270,7 +271,7 @@ def _descend(
     """One launch: dx in dtype, and the wanted sums over rows in fp32, [L, d] and [L, d, d]."""
     (M, d), L = x.shape, run.weight.shape[0]
     g, x = rows(g), rows(x)
-    programs = min(programs, triton.cdiv(M, tile.BLOCK_M))
+    programs = min(programs, cdiv(M, tile.BLOCK_M))
 
     dx = x.new_empty(M, d, dtype=dtype) if wanted.x else None
     multiplies_dz = wanted.weight and not sums_weight
@@ -283,16 +284,19 @@ def _descend(
         into["weight"] = new(programs, L, d, d, dtype=torch.float32)
     parts = None if recording is None else fresh_rows(x, programs, L)
 
-    _backward_kernel[(programs,)](
+    given = (
         dx, dz, into.get("weight"), into.get("bias"), into.get("branch_scale"), into.get("skip_scale"),
         g, g.stride(0), kept, scratch, x, x.stride(0), *parameters(run),
         parts, None if recording is None else factor(recording.unscale, x),
         M, L, every if every > 1 else L, programs, d,
-        **options(run), PRECISION=precision, NEEDS_Z=run.activation != "none" or wanted.branch_scale,
-        HAS_EVERY_DZ=multiplies_dz,
-        WIDTH=d, BLOCK_M=tile.BLOCK_M, BLOCK_D=padded(d), BLOCK_K=tile.BLOCK_K,
-        num_warps=tile.warps, num_stages=tile.stages, **ALL_REGISTERS,
     )  # fmt: skip
+    compiled_for = {
+        **options(run), "PRECISION": precision, "NEEDS_Z": run.activation != "none" or wanted.branch_scale,
+        "HAS_EVERY_DZ": multiplies_dz, "WIDTH": d,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_D": padded(d), "BLOCK_K": tile.BLOCK_K,
+        "num_warps": tile.warps, "num_stages": tile.stages, **ALL_REGISTERS,
+    }  # fmt: skip
+    launch(_backward_kernel, programs, given, compiled_for)
 
     if recording is not None:
         known = 0 if wanted.x else 1  # nobody asked for the first layer's

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..spec import Operands
+from .launching import cdiv, launch
 
 SIDE_BY_SIDE, BLOCK = 64, 64  # rows and columns that a program adds at a time
 
@@ -72,13 +73,11 @@ def add_rows(parts: Sequence[Tensor], into: Sequence[Tensor]) -> None:
         return
     columns = [part.numel() // rows for part in parts]
     are_totals = [out.numel() == 1 for out in into]
-    blocks = sum(1 if is_total else triton.cdiv(n, BLOCK) for n, is_total in zip(columns, are_totals, strict=True))
+    blocks = sum(1 if is_total else cdiv(n, BLOCK) for n, is_total in zip(columns, are_totals, strict=True))
     sections = [*zip(into, parts, columns, strict=True), *[(None, None, 0)] * (5 - len(parts))]
-    _add_kernel[(blocks,)](
-        *(value for section in sections for value in section), rows,
-        SHARES=SIDE_BY_SIDE, BLOCK=BLOCK, TOTALS=sum(is_total << i for i, is_total in enumerate(are_totals)),
-        num_warps=4,
-    )  # fmt: skip
+    totals = sum(is_total << i for i, is_total in enumerate(are_totals))
+    compiled_for = {"SHARES": SIDE_BY_SIDE, "BLOCK": BLOCK, "TOTALS": totals, "num_warps": 4}
+    launch(_add_kernel, blocks, (*(value for section in sections for value in section), rows), compiled_for)
 
 
 def added(parts: dict[str, Tensor], operands: Operands) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config import SplitTile
+from .launching import cdiv, launch
 from .sums import add_rows
 from .tile import store
 
@@ -118,13 +119,13 @@ def weight_gradient(
     blocks = {"BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "BLOCK_M": tile.BLOCK_M}
     compiled = {"PRECISION": precision, **blocks, "num_warps": tile.warps, "num_stages": tile.stages}
 
-    items = splits * triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(K, tile.BLOCK_K)
+    items = splits * cdiv(N, tile.BLOCK_N) * cdiv(K, tile.BLOCK_K)
     if tile.by_descriptors:
         dz_rows = TensorDescriptor.from_tensor(dz, [tile.BLOCK_M, tile.BLOCK_N])
         x_rows = TensorDescriptor.from_tensor(x, [tile.BLOCK_M, tile.BLOCK_K])
-        _descriptor_kernel[(min(items, multiprocessors),)](into, dz_rows, x_rows, M, N, K, splits, **compiled)
+        launch(_descriptor_kernel, min(items, multiprocessors), (into, dz_rows, x_rows, M, N, K, splits), compiled)
     else:
-        _pointer_kernel[(items,)](into, dz, dz.stride(0), x, x.stride(0), M, N, K, splits, **compiled)
+        launch(_pointer_kernel, items, (into, dz, dz.stride(0), x, x.stride(0), M, N, K, splits), compiled)
 
     if splits > 1:
         add_rows([into], [dw])
