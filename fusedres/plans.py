@@ -117,9 +117,22 @@ def _explained(
 ) -> tuple[Plan, Because]:
     """By what a call knows of itself, learns being whether λ and a are learned; it costs it a look into a table."""
     N, K = shape
-    place = (choice.target, choice.capability, choice.gpu)
-    how = (is_skinny, spec.batch_invariant, is_described, choice.trusts_registers, _work(spec, *learns))
-    return explained_of(Facts(N, K, dtype, precision, spec.skip, *place, *how))
+    facts = Facts(
+        N,
+        K,
+        dtype,
+        precision,
+        spec.skip,
+        choice.target,
+        choice.capability,
+        choice.gpu,
+        is_skinny,
+        is_invariant=spec.batch_invariant,
+        is_described=is_described,
+        trusts_registers=choice.trusts_registers,
+        work=_work(spec, *learns),
+    )
+    return explained_of(facts)
 
 
 def _work(spec: LayerSpec, learns_skip_scale: bool, learns_branch_scale: bool) -> str:

@@ -144,6 +144,9 @@ MUTATIONS = {
     "kernel Philox counter": Mutation(
         "kernels/triton/philox.py", "low = (m & 0xFFFFFFFF)", "low = ((m + 1) & 0xFFFFFFFF)", "test_philox.py"
     ),
+    "C++: sums as deep as the layer": Mutation(
+        "kernels/cpu/product.h", "constexpr int64_t SUMMED = 512", "constexpr int64_t SUMMED = 1 << 20", CPU
+    ),
     "C++: last columns of the engine's own product": Mutation(
         "kernels/cpu/product.h", "n < N ? B[(k0 + k)", "n < N - 1 ? B[(k0 + k)", CPU
     ),

@@ -155,6 +155,16 @@ def test_own_products(way, products, device):
             check(Case(Shape((17,), 130, 67), skip="projection" if skip == "projection" else None), device)
 
 
+def test_deep_products_are_about_as_near_to_the_truth_as_eagers(products, device):
+    """In one sum of 8192 products each is rounded as the whole is: the error would be four times eager's."""
+    x, weight = (torch.randn(rows, 8192, device=device) for rows in (32, 64))
+    with torch.no_grad():
+        ours = functional.residual_linear(x, weight, activation="none", skip=None)
+    exact = x.double() @ weight.double().t()
+    ours, eager = ((y - exact).square().mean().sqrt() for y in (ours, x @ weight.t()))
+    assert ours <= 2.5 * eager
+
+
 @pytest.mark.parametrize("order", ["pre", "post"])
 @every_way
 def test_gradients_asked_for_one_by_one_and_in_pairs(way, order, device):
