@@ -2,9 +2,9 @@
 
     python bench/launch_cost.py --json launch-cost.json
 
-Once by launches that know their kernel again (kernels/triton/launching.py), once by Triton's own way; both are shown to
-hand the launcher the same kernels and the same arguments. What the launcher itself takes, and the GPU, is not in it,
-nor a product by the vendor's library.
+Once by launches that know their kernel again (kernels/triton/launching.py), once by Triton's own way, whole calls and
+their first launch alone; both ways are shown to hand the launcher the same kernels and the same arguments. What the
+launcher itself takes, and the GPU, is not in it, nor a product by the vendor's library.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedres import FusedResidualLinear, FusedResidualStack
 from fusedres.kernels.triton import (
+    launching,
     layer,
     layer_backward,
     layer_backward_inside,
     layer_library,
     layer_narrow,
     layer_persistent,
+    record,
+    residual,
     stack,
     stack_backward,
     sums,
@@ -46,6 +49,8 @@ LAUNCHERS = (
     layer_library,
     layer_narrow,
     layer_persistent,
+    record,
+    residual,
     stack,
     stack_backward,
     sums,
@@ -103,12 +108,15 @@ def by_triton(kernel: Any, programs: int, args: Any, compiled_for: dict[str, Any
 def replaced(launch: Callable[..., Any] | None = None) -> Iterator[None]:
     """Products by the library are left out, and launches go another way where one is given."""
     with ExitStack() as within:
-        nothing = lambda dz, x: x.new_empty(dz.shape[1], x.shape[1], dtype=torch.float32)  # noqa: E731
-        for module in (layer_backward, stack_backward):
-            within.enter_context(mock.patch.object(module, "library_product_over_rows", nothing))
+        within.enter_context(mock.patch.object(layer_backward, "library_product_over_rows", _no_product))
+        within.enter_context(mock.patch.object(stack_backward, "_write_products_over_rows", _no_product))
         for module in LAUNCHERS if launch else ():
             within.enter_context(mock.patch.object(module, "launch", launch))
         yield
+
+
+def _no_product(dz: Tensor, x: Tensor, *more: Tensor) -> Tensor:
+    return x.new_empty(dz.shape[-1], x.shape[-1], dtype=torch.float32)
 
 
 def launched(driver: Driver, call: Callable[[], object]) -> list[Launched]:
@@ -145,17 +153,39 @@ def measured(driver: Driver, call: Callable[[], object], budget_s: float) -> dic
 
         return round_of
 
-    times = in_turns({"ours": of(None), "Triton's": of(by_triton)}, budget_s=budget_s, fill_s=0.0)
+    def alone(launch: Callable[..., Any]) -> Callable[[], object]:
+        def round_of() -> None:
+            for _ in range(CALLS):
+                launch(*given)
+
+        return round_of
+
+    given = first_launch(call)
+    ways = {"ours": of(None), "Triton's": of(by_triton)}
+    once = {"ours": alone(launching.launch), "Triton's": alone(by_triton)}
     return {
         "launches": len(first),
         "arguments": [len(one.arguments) for one in first],
-        "microseconds": {
-            way: {q: round(1e3 * getattr(t, q) / CALLS, 2) for q in ("median", "lower", "upper")}
-            for way, t in times.items()
-        },
+        "microseconds": _times(ways, budget_s),
+        "of the first launch": _times(once, budget_s / 4),
     }
 
 
+def first_launch(call: Callable[[], object]) -> tuple[Any, ...]:
+    """What its first launch is given."""
+    given: list[tuple[Any, ...]] = []
+    with replaced(lambda *some: (given.append(some), launching.launch(*some))[1]):
+        call()
+    return given[0]
+
+
+def _times(ways: dict[str, Callable[[], object]], budget_s: float) -> dict[str, dict[str, float]]:
+    times = in_turns(ways, budget_s=budget_s, fill_s=0.0)
+    quartiles = ("median", "lower", "upper")
+    return {way: {q: round(1e3 * getattr(t, q) / CALLS, 2) for q in quartiles} for way, t in times.items()}
+
+
+FIGURES = ("microseconds", "of the first launch")
 CALLS = 200  # in a round, so that replacing functions is nothing beside them
 
 
@@ -169,9 +199,9 @@ def main() -> None:
     with pretended() as driver:
         for name, call in calls():
             found[name] = row = measured(driver, call, options.budget_s)
-            ours, theirs = (row["microseconds"][way]["median"] for way in ("ours", "Triton's"))
-            print(f"{name:<26}{row['launches']} launches of {row['arguments']} arguments: {ours:6.1f} µs, ", end="")
-            print(f"by Triton's own way {theirs:6.1f}", flush=True)
+            both = [[row[of][way]["median"] for of in FIGURES] for way in ("ours", "Triton's")]
+            ours, theirs = (f"{whole:6.1f} µs (a launch {one:4.1f})" for whole, one in both)
+            print(f"{name:<25}launches with {row['arguments']} arguments: {ours}, by Triton's way {theirs}", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"kind": "launch cost", **machine("cpu"), "cases": found}, indent=1) + "\n")
 

@@ -191,6 +191,7 @@ def stack_launches(job: Job, dtype: torch.dtype, precision: str) -> dict[str, La
         mock.patch.object(
             stack_backward, "_backward_kernel", catch(found, "stack_backward", stack_backward._backward_kernel)
         ),
+        mock.patch.object(sums, "_add_kernel", catch(found, "sums", ADD)),
     ):
         y, kept = stack.forward(x, run, c.tile, precision, keep_every)
         tiles = StackTiles(c.tile, c.tile)

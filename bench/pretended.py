@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -61,10 +62,16 @@ class Driver:
         return 0
 
 
+@cache
+def _driver(capability: int) -> Driver:
+    """One for each: compiled kernels keep its launcher."""
+    return Driver(capability)
+
+
 @contextmanager
 def pretended(capability: int = 90) -> Iterator[Driver]:
     """Within it tensors on the CPU are run by the kernels for such a GPU."""
-    driver, before = Driver(capability), triton.runtime.driver._active
+    driver, before = _driver(capability), triton.runtime.driver._active
     choice = dispatch.Triton("it is pretended", "cuda", capability, "pretended")
     triton.runtime.driver.set_active(driver)
     try:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "bench/results"
 BEGIN, END = "<!-- written by python bench/report.py --readme -->", "<!-- written until here -->"
 CONTESTS = {"cpu.json": "cpu", "cuda.json": "cuda"}  # where there are results of these, and the word that selects them
+TRITONS = "Triton's"  # way of launching
 FAMILIES = {"layer": "layers by themselves", "stack": "stacks of equal layers", "mlp": "MLP blocks of two layers"}
 
 Line = tuple[str, str, str]  # what, figure, by
@@ -26,6 +27,7 @@ def block() -> str:
         first_call(),
         stacked(),
         *families(),
+        launches(),
         laplacian(),
         recording(),
         shapes(),
@@ -134,8 +136,8 @@ def first_call() -> Line:
 
 
 def stacked() -> Line:
-    """The module for whole networks, in a run of its own."""
-    rows = _results("cpu-stack.json")["rows"]
+    """The module for whole networks."""
+    rows = _results("cpu.json")["rows"]
     words = {
         "a1": "13 × width 3, one row",
         "c1": "17 × width 64, one row",
@@ -144,8 +146,7 @@ def stacked() -> Line:
     }
     figures = [two(rows[f"{name}-FB"]["stacked"]["over_best_compile"]) for name in words]
     what = "`FusedResidualStack` against the same opponents, forward + backward: " + "; ".join(words.values())
-    by = _by("pytest bench/ --benchmark -k cpu", "cpu-stack.json")
-    return what, f"{listed(figures)} times as fast", by
+    return what, f"{listed(figures)} times as fast", _by("pytest bench/ --benchmark -k cpu", "cpu.json")
 
 
 def families() -> list[Line]:
@@ -175,6 +176,27 @@ def _ratios_of(rows: list[dict[str, Any]]) -> str:
         of = [row.get("stacked", row["fused"])["over_best_compile"] for row in rows if row["pass"] == kind]
         figures += [f"{words} {between(of)}"] if of else []
     return f"{', '.join(figures)} times as fast as the better of both modes"
+
+
+def launches() -> Line:
+    """What calls cost the host on their way to a GPU; no GPU is needed to measure it."""
+    cases = _results("launch-cost.json")["cases"]
+
+    def cost(name: str, way: str) -> str:
+        return two(cases[name]["microseconds"][way]["median"])
+
+    names = {"few rows": "8 × 64", "narrow": "256 × 64", "wide": "256 × 512"}
+    figures = [
+        f"{words} {cost(f'{name}, forward', 'ours')} and {cost(f'{name}, training', 'ours')} µs "
+        f"({cost(f'{name}, forward', TRITONS)} and {cost(f'{name}, training', TRITONS)})"
+        for name, words in names.items()
+    ]
+    return (
+        "a layer's call on its way to a GPU, forward and training, without Triton's launcher and the library's "
+        "products (and with Triton's own search for the compiled kernel), rows × width",
+        "; ".join(figures),
+        _by("python bench/launch_cost.py", "launch-cost.json"),
+    )
 
 
 def laplacian() -> Line:

@@ -10,7 +10,7 @@ plan take turns, the second-level cache flushed before each call. The least medi
 stays unless the winner's upper quartile is below its lower one. A narrow layer's one kernel contends with the best of
 the pieces as a step of training, forward and backward, since forward keeps nothing for it. At last the whole layer
 contends with eager PyTorch, as a call and as a step, in wall time of calls in a row, the host's part included: where
-eager is faster beyond noise dispatch will take it. What is committed is then compared, option by option, by
+eager is faster beyond noise it will be taken. What is committed is then compared, option by option, by
 bench/exact.py and bench/lens.py. Exits with 1 where a candidate is wrong, or a layer has no form left.
 """
 
@@ -128,8 +128,12 @@ def tuned(facts: plans.Facts, rows: int, is_together: bool | None, workers: Work
     plan = Plan(**{part: chosen[part] for part in PARTS})
     eager = {}
     for kind in ("forward", "training"):
-        with planned(plan):
-            milliseconds[f"whole {kind}"] = times = timers.layers(subject.whole(trains=kind == "training"))
+        try:
+            with planned(plan):
+                milliseconds[f"whole {kind}"] = times = timers.layers(subject.whole(trains=kind == "training"))
+        except RuntimeError as error:  # the parts are worth keeping
+            excluded[f"whole {kind}"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
         if winner(times, "fused") == "eager":
             eager[kind] = f"{times['eager'].median:.3g} ms by eager PyTorch, {times['fused'].median:.3g} fused"
     return {
@@ -153,9 +157,11 @@ def tuned(facts: plans.Facts, rows: int, is_together: bool | None, workers: Work
 def planned(plan: Plan) -> Iterator[None]:
     """Within it every layer has this plan, as far as it admits it."""
     plans.forget()
-    with mock.patch.object(measured, "plan", return_value=measured.Measured(plan, "it is tuned", {})):
-        yield
-    plans.forget()
+    try:
+        with mock.patch.object(measured, "plan", return_value=measured.Measured(plan, "it is tuned", {})):
+            yield
+    finally:
+        plans.forget()
 
 
 def why_not(call: Callable[[], Any]) -> str:

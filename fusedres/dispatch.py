@@ -82,6 +82,8 @@ class _Switches:
 
     force_eager = 0
     batch_invariant = 0
+    warming = 0
+    has_warmed = False  # ever
 
 
 def choose(device: torch.device, dtype: torch.dtype, is_empty: bool) -> Eager | Triton | Native:
@@ -330,6 +332,20 @@ def batch_invariant() -> Iterator[None]:
     """
     with _switched("batch_invariant"):
         yield
+
+
+@contextmanager
+def warming() -> Iterator[None]:
+    """Within it layers run by their kernels even where eager PyTorch is quicker: a graph that is captured has them."""
+    _Switches.has_warmed = True
+    with _switched("warming"):
+        yield
+
+
+def prefers_kernels(device: torch.device) -> bool:
+    """While warming up, and in the captures of a process that has: what the host takes does not count there."""
+    is_capturing = _Switches.has_warmed and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return _Switches.warming > 0 or is_capturing
 
 
 def is_eager_forced() -> bool:

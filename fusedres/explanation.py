@@ -118,8 +118,9 @@ def note(
     N, K = operands.weight.shape
     M = operands.x.shape[:-1].numel()
     tiles = because = way = None
-    if isinstance(choice, Triton):
-        tiles, because = plans.explained(operands, spec, choice, dtype)
+    by_kernels = choice if isinstance(choice, Triton) else in_training
+    if isinstance(by_kernels, Triton):
+        tiles, because = plans.explained(operands, spec, by_kernels, dtype)
     elif isinstance(choice, Native):
         way = cast(Way, dispatch.layer_way(operands, spec, dtype))
     _listener.append(

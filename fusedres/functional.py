@@ -137,7 +137,7 @@ def call(given: Operands, spec: LayerSpec, autocast: torch.dtype | None) -> Tens
     fused = choice = dispatch.choose(x.device, autocast or x.dtype, is_empty)
     if isinstance(fused, dispatch.Native):
         choice = _native_or_eager(fused, given, spec, autocast)
-    elif isinstance(fused, dispatch.Triton) and plans.may_be_eager(fused):
+    elif isinstance(fused, dispatch.Triton) and not torch.compiler.is_compiling() and plans.may_be_eager(fused):
         choice = _triton_or_eager(fused, given, spec, autocast, ops.needs_grad(given))
     is_eager = isinstance(choice, dispatch.Eager)
     if autocast is not None and not is_eager:
@@ -170,7 +170,8 @@ def _native_or_eager(
 def _triton_or_eager(
     choice: dispatch.Triton, given: Operands, spec: LayerSpec, autocast: torch.dtype | None, trains: bool
 ) -> dispatch.Triton | dispatch.Eager:
-    if autocast is not None or torch.compiler.is_compiling():  # the operator runs its kernels
+    is_traced = type(given.x.numel()) is not int or torch.compiler.is_compiling()
+    if autocast is not None or is_traced:  # the operator runs its kernels
         return choice
     why = plans.why_eager(given, spec, choice, trains)
     return dispatch.Eager(why) if why else choice

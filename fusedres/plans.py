@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import measured
-from .dispatch import SKINNY, Triton, precision
+from .dispatch import SKINNY, Triton, precision, prefers_kernels
 from .kernels.config import (
     Elementwise,
     Inside,
@@ -92,7 +92,7 @@ def explained(
 ) -> tuple[Plan, Because]:
     """The same with its reasons."""
     weight = operands.weight
-    M = operands.x.numel() // weight.shape[1]
+    M = operands.x.shape[:-1].numel()
     is_skinny = M <= SKINNY and not spec.batch_invariant
     # few rows are not worth descriptors, which take the host longer than their tile is quicker
     is_described = choice.capability >= 90 and not is_skinny and _is_described(operands, g, dtype)
@@ -158,19 +158,23 @@ def keeps_input_alone(operands: Operands, spec: LayerSpec, choice: Triton) -> bo
 
 
 def may_be_eager(choice: Triton) -> bool:
-    """Whether eager PyTorch was measured faster for any layer at all."""
+    """Whether eager PyTorch was measured faster for any layer at all. Reads a file: not for torch.compile to trace."""
     return measured.has_eager(choice.gpu)
 
 
 def why_eager(operands: Operands, spec: LayerSpec, choice: Triton, trains: bool) -> str:
     """Where eager PyTorch was measured faster for this layer's size, as a call or a step of training: the times.
 
-    Measured on plain layers: what others do besides, eager does in kernels of their own. Empty within
-    `batch_invariant()`, of which eager PyTorch knows nothing.
+    Measured on y = x + gelu(x wᵀ + b), and taken for layers that do no more: the rest eager does in kernels of their
+    own. Empty within `batch_invariant()`, of which eager PyTorch knows nothing, and while a graph is captured that
+    `warmup` has made ready, since it leaves out what the host takes.
     """
-    learns = operands.skip_scale is not None or operands.branch_scale is not None
     is_plain = spec.skip in ("none", "identity", "residual") and not spec.activates_sum and spec.drop_path == 0
-    if learns or not is_plain or spec.batch_invariant or spec.watch:
+    learns = operands.skip_scale is not None or operands.branch_scale is not None
+    is_scaled = learns or spec.skip_scale != 1.0 or spec.branch_scale != 1.0
+    if is_scaled or not is_plain or spec.recompute or spec.batch_invariant or spec.watch:
+        return ""
+    if prefers_kernels(operands.x.device):
         return ""
     N, K = operands.weight.shape
     dtype = operands.x.dtype
@@ -201,28 +205,27 @@ def explained_of(facts: Facts) -> tuple[Plan, Because]:
         return plan, Because(*(f"reasoned, not measured: {reason}" for reason in reasons))
     forms, because = plan._asdict(), {}
     for part, form in found.plan._asdict().items():
-        refused = why_not(facts, form)
-        if refused:
-            because[part] = f"reasoned: {getattr(reasons, part)}; what was measured does not fit, since {refused}"
+        if refused := why_not(facts, form):
+            because[part] = f"reasoned: {getattr(reasons, part)}; what was measured does not fit: {refused}"
+        elif isinstance(form, Inside) and facts.work == "busy":
+            forms[part], because[part] = INSIDE_BUSY, f"{found.because}, with the tile of layers that do more"
         else:
             forms[part], because[part] = form, found.because
-    if isinstance(forms["backward"], Inside) and facts.work == "busy":
-        forms["backward"], because["backward"] = INSIDE_BUSY, f"{found.because} with another tile: {BUSY}"
     return Plan(**forms), Because(**because)
 
 
 def why_not(facts: Facts, form: object) -> str:
     """Why a layer cannot have a form; empty where it can."""
-    is_plain = facts.skip in ("none", "identity", "residual")
-    if isinstance(form, (PersistentTile, Inside)) and not (is_plain and facts.is_described):
-        return _why_not_described(facts)
+    if isinstance(form, (PersistentTile, Inside)):
+        if facts.skip in ("projection", "concat"):
+            return f"descriptors are for a skip of one matrix of y's shape, and this is a {facts.skip}"
+        if not facts.is_described:
+            return _why_not_described(facts)
     if isinstance(form, PersistentTile):
         is_whole = form.BLOCK_N >= facts.N and form.BLOCK_K >= facts.K
         return "a tile of a residual has no room beside all of w" if is_whole and facts.skip == "residual" else ""
     if isinstance(form, Elementwise):
-        return (
-            "the library's products have nowhere to leave a concatenation" if facts.skip == "concat" else _varies(facts)
-        )
+        return "the library has nowhere to leave a concatenation" if facts.skip == "concat" else _varies(facts)
     if isinstance(form, Inside):
         if not facts.trusts_registers:
             return "ptxas before 13.3 has not passed the sweep of operands in registers on this GPU"
@@ -231,18 +234,21 @@ def why_not(facts: Facts, form: object) -> str:
         return "forward keeps x alone" if facts.is_together else ""
     if isinstance(form, Together):
         return "" if facts.is_together else "forward keeps what backward in pieces reads"
+    if isinstance(form, Separate) and facts.is_together:
+        return "forward keeps x alone"
     if isinstance(form, Separate):
-        return "forward keeps x alone" if facts.is_together else _varies(facts) if form.dx is None else ""
-    if isinstance(form, SplitTile) and form.by_descriptors and not facts.is_described:
-        return _why_not_described(facts)
-    return ""
+        return _varies(facts) if form.dx is None else ""
+    is_described = facts.is_described or not (isinstance(form, SplitTile) and form.by_descriptors)
+    return "" if is_described else _why_not_described(facts)
 
 
 def _why_not_described(facts: Facts) -> str:
-    if facts.skip in ("projection", "concat"):
-        return f"descriptors are for a skip of one matrix of y's shape, and this is a {facts.skip}"
+    if facts.target == "interpreter":
+        return "the interpreter goes by pointers"
     if facts.capability < 90:
         return "this GPU copies no tiles by descriptors"
+    if facts.is_skinny:
+        return FEW
     return "an operand is of another dtype, or its rows do not begin at multiples of 16 bytes"
 
 
@@ -297,7 +303,7 @@ def heuristic(facts: Facts) -> tuple[Plan, Because]:
     """Reasoned, not measured: the largest tiles that do not spill (`python bench/lens.py`), by the bytes they move."""
     (forward, why), (training, why_training) = (_forward(facts, keeps) for keeps in (False, not facts.is_together))
     backward, why_backward = _backward(facts)
-    why_weight = "it sums dw itself" if facts.is_together else "the library's products over many rows are hard to beat"
+    why_weight = "it sums dw itself" if facts.is_together else "the library's products over rows are hard to beat"
     return Plan(forward, training, backward, None), Because(why, why_training, why_backward, why_weight)
 
 
@@ -307,10 +313,10 @@ def _forward(facts: Facts, keeps: bool) -> tuple[Tile | PersistentTile | Element
     by_pointers = _tile(facts, facts.N, facts.K, "forward")
     if facts.is_skinny:
         return by_pointers, FEW
-    if facts.skip in ("projection", "concat") or not facts.is_described:
-        return by_pointers, _why_not_described(facts)
     if facts.dtype == torch.float32:
         return by_pointers, "tiles by descriptors are laid out for 16 bits"
+    if facts.skip in ("projection", "concat") or not facts.is_described:
+        return by_pointers, why_not(facts, TILED)
     widest = max(facts.N, facts.K)
     whole = WHOLE[_power_of_two(widest, 64, WHOLE_UP_TO)]
     if widest <= whole.BLOCK_N and not (keeps and widest > TOGETHER_UP_TO) and not why_not(facts, whole):
@@ -334,8 +340,8 @@ def _backward(facts: Facts) -> tuple[Separate | Inside | Together, str]:
     if facts.dtype.itemsize > 2:
         return in_pieces, "dz inside the product for dx is laid out for 16 bits"
     if facts.K <= INSIDE_UP_TO:
-        refused = why_not(facts, INSIDE)
-        return (in_pieces, refused) if refused else (INSIDE, "dz is made where dx reads it, and written once for dw")
+        refused, inside = why_not(facts, INSIDE), INSIDE_BUSY if facts.work == "busy" else INSIDE
+        return (in_pieces, refused) if refused else (inside, "dz is made where dx reads it, and written once for dw")
     if not facts.is_described:
         return in_pieces, f"by pointers until measured otherwise: {_why_not_described(facts)}"
     refused = why_not(facts, by_library)
@@ -351,7 +357,6 @@ def _takes_library(facts: Facts) -> bool:
 
 LIBRARY = "exact float32 has no matrix unit: the library's products are better, and a pass is little beside them"
 FEW = f"up to {SKINNY} rows read w rather than x, in low tiles"
-BUSY = "the one measured is for layers that do less to each number"
 
 ELEMENTWISE = Elementwise(32, 128, 4)
 # w in shared memory, by the width that N and K are padded to; a multiprocessor has as many programs as its memory takes

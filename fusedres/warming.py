@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import dispatch
+
 
 def warmup(
     module: nn.Module,
@@ -52,7 +54,7 @@ def warmup(
         with torch.random.fork_rng(devices), torch.cuda.stream(stream):
             for shape in listed:
                 x = torch.zeros(_sizes(shape), dtype=dtype or like.dtype, device=like.device)
-                with torch.inference_mode(False), torch.set_grad_enabled(backward):
+                with torch.inference_mode(False), torch.set_grad_enabled(backward), dispatch.warming():
                     _call(module, x.requires_grad_(backward))
         if devices:
             torch.cuda.synchronize(like.device)

@@ -18,7 +18,7 @@ if not HAS_GPU:
 
 import pytest  # noqa: E402
 
-from fusedres import dispatch, native, plans  # noqa: E402
+from fusedres import dispatch, measured, native, plans  # noqa: E402
 from fusedres.kernels.cpu import launch  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -115,6 +115,12 @@ def forget_choices() -> None:
     dispatch._cached_backend.cache_clear()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _fused_where_eager_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU of which that is committed; tests of fused layers would be of eager ones."""
+    monkeypatch.setattr(measured, "has_eager", lambda gpu: False)
 
 
 @pytest.fixture

@@ -112,9 +112,17 @@ MUTATIONS = {
         "kernels/triton/launching.py", "value.data_ptr() % 16 == 0", "True", "test_launching.py"
     ),
     "launching: any seed": Mutation(
-        "kernels/triton/launching.py", "-(2**31) <= value < 2**31 if", "True if", "test_launching.py"
+        "kernels/triton/launching.py", "append(-(2**31) <= value < 2**31)", "append(True)", "test_launching.py"
     ),
-    "launching: any stride": Mutation("kernels/triton/launching.py", "else value)", "else int)", "test_launching.py"),
+    "launching: any stride": Mutation(
+        "kernels/triton/launching.py", "key += (value == 1, value % 16 == 0)", "pass", "test_launching.py"
+    ),
+    "launching: any device": Mutation(
+        "kernels/triton/launching.py", "[id(kernel), device]", "[id(kernel)]", "test_launching.py"
+    ),
+    "launching: descriptors of any dtype": Mutation(
+        "kernels/triton/launching.py", "(kind, value.base.dtype, ", "(kind, ", "test_launching.py"
+    ),
     "launching: any dtype": Mutation(
         "kernels/triton/launching.py", "(value.dtype, value", "(value", "test_launching.py"
     ),
@@ -122,15 +130,18 @@ MUTATIONS = {
         "kernels/triton/launching.py", "    key += compiled_for.values()\n", "", "test_launching.py"
     ),
     "plans: a measured form that does not fit": Mutation(
-        "fusedres/plans.py",
-        "        if refused:\n            because[part]",
-        "        if False:\n            because[part]",
-        "test_plans.py",
+        "fusedres/plans.py", "refused := why_not(facts, form)", 'refused := ""', "test_plans.py"
+    ),
+    "plans: one tile inside for layers that do more": Mutation(
+        "fusedres/plans.py", 'INSIDE_BUSY if facts.work == "busy" else INSIDE', "INSIDE", "test_plans.py"
+    ),
+    "plans: a file is read while compiling": Mutation(
+        "fusedres/functional.py", " and not torch.compiler.is_compiling() and plans", " and plans", "test_plans.py"
     ),
     "plans: eager measured on plain layers for any": Mutation(
         "fusedres/plans.py",
-        "if learns or not is_plain or spec.batch_invariant or spec.watch:",
-        "if False:",
+        "if is_scaled or not is_plain or",
+        "if",
         "test_plans.py",
     ),
     "plans: eager in training measured by calls": Mutation(

@@ -62,7 +62,7 @@ ARROWS = {
     },
     "stack": {"kernels", "dispatch", "network", "reference", "stack_checks"},
     "gradients": {"kernels", "recording"},
-    "warming": set(),
+    "warming": {"dispatch"},
     "studies": {"functional", "reference", "gradients", "modules", "residual", "stack", "dispatch", "explanation", ""},
     "cli": {
         "kernels",

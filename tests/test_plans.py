@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -63,7 +64,7 @@ def _forgotten():
 
 def forget() -> None:
     measured._plans.cache_clear()
-    measured.has_eager.cache_clear()
+    HAS_EAGER.cache_clear()
     plans.forget()
 
 
@@ -116,6 +117,14 @@ def test_what_the_copy_engine_is_for():
         assert isinstance(plan_for(4096, N, K, skip="projection").forward, Tile)
     assert isinstance(plan_for(4096, 512, 512).backward, Inside)
     assert isinstance(plan_for(4096, 512, 512, recompute=True).backward, Separate), "z is multiplied again"
+
+
+def test_layers_that_do_more_to_each_number_have_a_lower_tile():
+    busy = operands_of(4096, 512, 512, skip_scale=torch.ones((), device="meta"))
+    assert plan_for(0, 512, 512, operands=busy).backward == plans.INSIDE_BUSY
+    assert plan_for(4096, 512, 512, order="post").backward == plans.INSIDE_BUSY
+    assert plan_for(4096, 512, 512, drop_path=0.5).backward == plans.INSIDE_BUSY
+    assert plan_for(4096, 512, 512).backward == plans.INSIDE
 
 
 def test_where_operands_lie_decides():
@@ -237,6 +246,9 @@ MEASURED = Plan(
 )
 
 
+HAS_EAGER = measured.has_eager
+
+
 @pytest.fixture
 def on_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def write(plan: Plan, N: int, mode: str = "bf16", eager: dict[str, str] | None = None) -> None:
@@ -246,6 +258,7 @@ def on_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         forget()
 
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
+    monkeypatch.setattr(measured, "has_eager", HAS_EAGER)
     return write
 
 
@@ -315,6 +328,18 @@ def test_eager_is_taken_where_it_was_measured_faster(on_file, monkeypatch):
         assert backend(FusedResidualLinear(16, learn_skip_scale=True).to(HALF)) == "triton"
         assert backend(FusedResidualLinear(16, drop_path=0.5).to(HALF)) == "triton"
         assert backend(FusedResidualLinear(16, order="post").to(HALF)) == "triton"
+        assert backend(FusedResidualLinear(16, skip_scale=0.5).to(HALF)) == "triton"
+        assert backend(FusedResidualLinear(16, branch_scale=0.5).to(HALF)) == "triton"
+        assert backend(FusedResidualLinear(16, recompute=True).to(HALF)) == "triton"
+        with dispatch.warming():
+            assert backend() == "triton", "so that a graph may capture its kernels"
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            assert not dispatch.prefers_kernels(torch.device("cpu"))
+            patched.setattr(plans, "prefers_kernels", lambda device: dispatch.prefers_kernels(torch.device("cuda")))
+            assert backend() == "triton", "the host's time is not in a graph that warmup has made ready"
+            patched.setattr(dispatch._Switches, "has_warmed", False)
+            assert backend() == "eager", "what was never compiled cannot be captured"
         assert backend(FusedResidualLinear(16), x.float()) == "triton", "of another dtype"
         with torch.autocast("cpu", HALF):
             assert backend() == "triton"
@@ -326,6 +351,30 @@ def test_eager_is_taken_where_it_was_measured_faster(on_file, monkeypatch):
     (call,) = explain(layer, x)
     assert call.backend == "triton"
     assert "    in training: eager, because measured on" in str(call)
+
+
+def test_a_compiled_layer_is_the_operator_and_nothing_is_read(on_file, monkeypatch):
+    """Though eager PyTorch was measured faster: a file cannot be read in what is traced."""
+    on_file(MEASURED, 16, eager={"forward": "1 ms by eager PyTorch, 2 fused"})
+
+    def choose(*_: object) -> Triton:
+        return H100
+
+    choose.__dict__["_dynamo_marked_constant"] = True  # as dispatch marks its own
+    monkeypatch.setattr(dispatch, "_constant_backend", choose)
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return lambda *given: (torch.empty(80, 16, dtype=HALF),)  # there is no GPU to run it
+
+    layer, x = FusedResidualLinear(16).to(HALF), torch.randn(80, 16, dtype=HALF)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(layer, fullgraph=True, backend=keep)(x)
+    torch._dynamo.reset()
+    (graph,) = graphs
+    assert any("residual_linear" in str(node.target) for node in graph.graph.nodes)
 
 
 def test_plans_go_to_json_and_back():

@@ -360,11 +360,14 @@ def test_precision_follows_torch():
 
 SPECIALISATIONS = """
     # what Triton would compile for an H100: its own key of every launch, recorded in the place of launching
+    from types import SimpleNamespace
+
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
-    from triton.runtime import jit
+    from triton.runtime import driver, jit
 
+    driver.set_active(SimpleNamespace(get_current_device=lambda: 0))
     backend, keys = make_backend(GPUTarget("cuda", 90, 32)), {{}}
 
     def record(kernel, *args, grid, warmup, **options):

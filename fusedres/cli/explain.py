@@ -48,7 +48,7 @@ def _call(call: Call) -> dict[str, Any]:
         "way_because": call.way and call.way.because,
         "tiles": encoded(call.tiles),
         "tiles_because": call.because and call.because._asdict(),
-        "in_training": call.in_training and call.in_training.because,
+        "in_training": call.in_training and str(call.in_training),
         "keeps": call.keeps,
         "threads": call.threads,
     }

@@ -96,6 +96,15 @@ void own_product(int64_t M, int64_t N, int64_t K, const C *A, int64_t a_row, int
 
 // ------------------------------------------------------------------------------------------------ either
 
+template <class T>
+void multiply(bool has_brgemm, int64_t M, int64_t N, int64_t K, const T *A, int64_t lda, const T *B, int64_t ldb, T *to,
+              int64_t ldc, bool add) {
+    if constexpr (std::is_same_v<T, float>) {
+        if (has_brgemm) return brgemm_float(M, N, K, lda, ldb, ldc, add, A, B, to, false);
+    }
+    own_product<T>(M, N, K, A, lda, 1, B, ldb, to, ldc, add);
+}
+
 constexpr int64_t SUMMED = 512;  // products in a row: a longer sum would round each of them as it rounds its end
 
 // B as `pack_*` leaves it. Depths of bfloat16 are even.
@@ -105,16 +114,12 @@ void product(bool has_brgemm, int64_t M, int64_t N, int64_t K, const T *A, int64
     if constexpr (std::is_same_v<T, bfloat16>) {
         brgemm_bfloat16(M, N, K, lda, ldb, ldc, add, A, B, to, true);
     } else {
-        for (int64_t k = 0; k < K; k += SUMMED, add = true) {
+        int64_t k = 0;
+        do {  // once for no depth, too: zeros may have to be written
             const int64_t depth = std::min(SUMMED, K - k);
-            if constexpr (std::is_same_v<T, float>) {
-                if (has_brgemm) {
-                    brgemm_float(M, N, depth, lda, ldb, ldc, add, A + k, B + k * ldb, to, false);
-                    continue;
-                }
-            }
-            own_product<T>(M, N, depth, A + k, lda, 1, B + k * ldb, ldb, to, ldc, add);
-        }
+            multiply<T>(has_brgemm, M, N, depth, A + k, lda, B + k * ldb, ldb, to, ldc, add);
+            k += depth, add = true;
+        } while (k < K);
     }
 }
 

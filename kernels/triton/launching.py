@@ -1,7 +1,8 @@
 """Launches that find their compiled kernel again without Triton's asking what it was compiled for.
 
-Triton's own way there costs the host several times what the launch does (`python bench/launch_cost.py`). What it asks
-is asked here too, of what our kernels are given: matrices, descriptors, numbers, None.
+Triton's own way there takes the host twice as long and more (`python bench/launch_cost.py`). What it asks is asked here
+too, of what our kernels are given: matrices, descriptors, numbers, None. What Triton is switched to later, such as its
+debug mode, does not reach kernels that are known.
 """
 
 from __future__ import annotations
@@ -49,15 +50,17 @@ def launch(kernel: Any, programs: int, args: Sequence[Any], compiled_for: dict[s
 
 
 def _key(kernel: JITFunction, device: int, args: Sequence[Any], compiled_for: dict[str, Any]) -> tuple:
-    """All that decides which compiled kernel it is: of tensors dtype and alignment; of numbers the value, where the
-    kernel is specialised for some, else whether it has 32 bits."""
+    """All that decides which compiled kernel it is: of tensors dtype and alignment; of numbers whether they have 32
+    bits and, where the kernel is specialised for it, whether they are 1 or divided by 16."""
     key: list[Any] = [id(kernel), device]
     for value, parameter in zip(args, kernel.params, strict=False):
         kind = type(value)
         if value is None:
             key.append(None)
         elif kind is int:
-            key.append(-(2**31) <= value < 2**31 if parameter.do_not_specialize else value)
+            if not parameter.do_not_specialize:
+                key += (value == 1, value % 16 == 0)
+            key.append(-(2**31) <= value < 2**31)
         elif kind is float:
             key.append(float)
         elif kind is TensorDescriptor:

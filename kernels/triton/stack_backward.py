@@ -11,7 +11,7 @@ read once. Between kept h's it first climbs again, into scratch memory of its ow
 Where products take their operands from memory (stack.py), every h is kept, at least for a segment, and read twice;
 dz is written, all of them for dw, else each over the one before.
 
-Sums are each program's own, fp32 [programs, L, …], added to in the order of its tiles, and by torch in the order of
+Sums are each program's own, fp32 [programs, L, …], added to in the order of its tiles, and by sums.py in the order of
 programs. dw has two forms: summed like the others (dw_ptr), or a library's product over rows, of dz [L, M, d] (dz_ptr).
 """
 
@@ -44,8 +44,11 @@ from .stack import (
     product,
     weight,
 )
+from .sums import add_rows
 from .tile import load, store
 from .tile import product as product_from_memory
+
+SUMS = ("bias", "branch_scale", "skip_scale")  # over rows, by layer and column
 
 
 @triton.jit(do_not_specialize=["M", "L", "every", "programs", "lam", "a", "threshold", "keep_scale"])
@@ -230,16 +233,18 @@ def backward(
     that goes by segments, each filled by a forward kernel: 2 keep_every matrices like x at a time.
     """
     reads_memory = tiles.backward.BLOCK_K > 0
+    sums = _room_for_sums(run, wanted)
     if keep_every == 1 or (not reads_memory and (sums_weight or not wanted.weight)):
-        dx, sums = _descend(
-            g, x, kept, run, wanted, tiles.backward, precision, keep_every, programs, sums_weight, x.dtype, recording
-        )
+        dx = _descend(
+            g, x, kept, run, wanted, tiles.backward, precision, keep_every, programs, sums_weight, x.dtype, sums,
+            recording,
+        )  # fmt: skip
     else:
-        dx, sums = _descend_by_segments(g, x, kept, run, wanted, tiles, precision, keep_every, programs, recording)
+        dx = _descend_by_segments(g, x, kept, run, wanted, tiles, precision, keep_every, programs, sums, recording)
     return Gradients(
         x=dx if wanted.x else None,
-        weight=sums["weight"].to(run.weight.dtype) if wanted.weight else None,
-        bias=sums["bias"].to(run.bias.dtype) if wanted.bias else None,
+        weight=sums.get("weight"),
+        bias=sums.get("bias"),
         residual=None,
         projection_weight=None,
         projection_bias=None,
@@ -248,10 +253,21 @@ def backward(
     )
 
 
+def _room_for_sums(run: Run, wanted: Wanted) -> dict[str, Tensor]:
+    """The gradients that are sums over rows, to be written; of a number for each layer, in fp32 by column at first."""
+    L, d = run.weight.shape[:2]
+    found = {}
+    for name in ("weight", *SUMS):
+        if getattr(wanted, name):
+            like = getattr(run, name)
+            found[name] = like.new_empty(like.shape) if like.dim() > 1 else like.new_empty(L, d, dtype=torch.float32)
+    return found
+
+
 def _like(scale: Tensor | float, sums: Tensor) -> Tensor:
     """Sums [L, d] as the gradient of a scale [L] or [L, d]."""
     assert isinstance(scale, Tensor), "a number has no gradient"
-    return (sums if scale.dim() == 2 else sums.sum(1)).to(scale.dtype)
+    return sums if scale.dim() == 2 else sums.sum(1).to(scale.dtype)
 
 
 def _descend(
@@ -266,9 +282,10 @@ def _descend(
     programs: int,
     sums_weight: bool,
     dtype: torch.dtype,
+    sums: dict[str, Tensor],
     recording: Recording | None,
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """One launch: dx in dtype, and the wanted sums over rows in fp32, [L, d] and [L, d, d]."""
+) -> Tensor | None:
+    """One launch, and one for what it leaves to be added up: dx in dtype, and `sums` written, [L, d] and [L, d, d]."""
     (M, d), L = x.shape, run.weight.shape[0]
     g, x = rows(g), rows(x)
     programs = min(programs, cdiv(M, tile.BLOCK_M))
@@ -277,8 +294,7 @@ def _descend(
     multiplies_dz = wanted.weight and not sums_weight
     dz = x.new_empty(L if multiplies_dz else 1, M, d) if multiplies_dz or tile.BLOCK_K > 0 else None
     scratch = x.new_empty(programs, every, tile.BLOCK_M, d) if every > 1 else None
-    names = [name for name in ("bias", "branch_scale", "skip_scale") if getattr(wanted, name)]
-    into = {name: x.new_empty(programs, L, d, dtype=torch.float32) for name in names}
+    into = {name: x.new_empty(programs, L, d, dtype=torch.float32) for name in SUMS if name in sums}
     if wanted.weight and sums_weight:
         new = x.new_empty if run.seeds is None else x.new_zeros  # a tile that drops all its rows adds nothing
         into["weight"] = new(programs, L, d, d, dtype=torch.float32)
@@ -301,10 +317,11 @@ def _descend(
     if recording is not None:
         known = 0 if wanted.x else 1  # nobody asked for the first layer's
         recording.from_layer(known).note(parts[:, known:])
-    sums = {name: partial.sum(0) for name, partial in into.items()}
+    if into:
+        add_rows(list(into.values()), [sums[name] for name in into])
     if multiplies_dz:
-        sums["weight"] = _products_over_rows(dz, x, kept)
-    return dx, sums
+        _write_products_over_rows(dz, x, kept, sums["weight"])
+    return dx
 
 
 def _descend_by_segments(
@@ -317,33 +334,35 @@ def _descend_by_segments(
     precision: str,
     every: int,
     programs: int,
+    sums: dict[str, Tensor],
     recording: Recording | None,
-) -> tuple[Tensor | None, dict[str, Tensor]]:
+) -> Tensor | None:
     """Launches from one kept h down to the one before it; g passes between them in fp32, as it does within."""
     L = run.weight.shape[0]
-    found = []
     for first in reversed(range(0, L, every)):
         segment = run.layers(first, first + every)
         h = x if first == 0 else kept[first // every - 1]
         inner = x.new_empty(min(every, L - first) - 1, *x.shape)
         if len(inner):
             forward_into(inner[-1], inner, h, segment.layers(0, len(inner)), tiles.forward, precision, 1)
-        g, sums = _descend(
+        g = _descend(
             g, h, inner, segment, wanted._replace(x=wanted.x or first > 0),
             tiles.backward, precision, 1, programs, False, torch.float32 if first > 0 else x.dtype,
+            {name: t[first : first + every] for name, t in sums.items()},
             None if recording is None else recording.from_layer(first),
         )  # fmt: skip
-        found.append(sums)
-    return g, {name: torch.cat([sums[name] for sums in reversed(found)]) for name in found[0]}
+    return g
 
 
-def _products_over_rows(dz: Tensor, x: Tensor, kept: Tensor) -> Tensor:
-    """dz_lᵀ h_l [L, d, d] in fp32, h_0 = x and the others kept: plain products, so the vendor's library does them."""
-    first, others = library_product_over_rows(dz[0], x), dz[1:].mT
+def _write_products_over_rows(dz: Tensor, x: Tensor, kept: Tensor, dw: Tensor) -> None:
+    """dz_lᵀ h_l [L, d, d], h_0 = x and the others kept: plain products, so the vendor's library does them, in fp32."""
+    others = dz[1:].mT
     if dz.dtype == torch.float32:
-        products = others @ kept
-    elif dz.is_cuda:
-        products = torch.bmm(others, kept, out_dtype=torch.float32)
+        torch.mm(dz[0].t(), x, out=dw[0])
+        torch.bmm(others, kept, out=dw[1:])
+        return
+    dw[0] = library_product_over_rows(dz[0], x)
+    if dz.is_cuda:
+        dw[1:] = torch.bmm(others, kept, out_dtype=torch.float32)
     else:
-        products = others.float() @ kept.float()
-    return torch.cat([first[None], products])
+        dw[1:] = others.float() @ kept.float()
