@@ -110,13 +110,14 @@ def networks() -> list[Line]:
     where = f"{record['cores']} cores, {record['instruction_set']}"
     opponent = f"whole networks on a CPU ({where}) against the better of `torch.compile`'s two modes, fp32"
     forward, training = over("a65536", "F"), over("a65536", "FB")
+    pictures = [f"[{what}](bench/results/cpu-{what}.png)" for what in ("speedup", "roofline")]
     profile = "[where the time goes](bench/results/profile-cpu.json)"
     f1000 = f"{both('f1000')}; {over('f1000', 'FB', 'stacked')} for forward + backward with stacked parameters"
     return [
         (
             f"{opponent}: 13 × width 3, batch {spaced(named('a65536').M)}",
             f"forward {forward} times as fast, forward + backward {training}",
-            _by("pytest bench/ --benchmark -k cpu", "cpu.json", profile),
+            _by("pytest bench/ --benchmark -k cpu", "cpu.json", *pictures, profile),
         ),
         (f"1000 × width 16, batch {named('f1000').M}", f1000, "same"),
         (f"16 × width 64, batch {spaced(named('c65536').M)}", both("c65536"), "same"),
