@@ -64,13 +64,18 @@ def speedup_picture(record: dict[str, Any], path: Path) -> bool:
     )
     for (device, family), in_line in zip(panels, axes, strict=True):
         for kind, ax in zip(kinds, in_line, strict=True):
+            panel = (device, family, kind)
             found = [
-                row for row in rows if (row.get("device", "cpu"), row.get("family", "network")) == (device, family)
+                row for row in rows if (row.get("device", "cpu"), row.get("family", "network"), row["pass"]) == panel
             ]
-            _speedups(ax, [row for row in found if row["pass"] == kind], family)
-            if kind == kinds[-1] and ax.get_legend_handles_labels()[0]:
-                ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+            if not found:
+                ax.set_axis_off()
+                continue
+            _speedups(ax, found, family)
             ax.set_title(f"{FAMILIES[family]}, {device}: {PASSES[kind]}", fontsize=9)
+            last = ax
+        if last.get_legend_handles_labels()[0]:
+            last.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.suptitle(
         f"fusedres on {_where(record)}: how many times as fast\n"
         "filled: as the better of torch.compile's two modes;  hollow: as eager PyTorch",
