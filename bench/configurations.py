@@ -155,7 +155,8 @@ def every_plan(target: str, capability: int, gpu: str = "") -> list[tuple[plans.
     for (mode, (dtype, precision)), N, K, skip in product(MODES.items(), SIZES, SIZES, SKIPS):
         if mode == "tf32" and target == "hip":  # dispatch has none there
             continue
-        fits = capability >= 90 and N * dtype.itemsize % 16 == 0 == K * dtype.itemsize % 16
+        are_rows = N * dtype.itemsize % 16 == 0 == K * dtype.itemsize % 16
+        fits = are_rows and dispatch.generation(target, capability) in plans.DESCRIBING
         for is_skinny, is_described in product((False, True), {False, fits}):
             for work in ("plain", "busy") if is_described else ("plain",):
                 place = (skip, target, capability, gpu, is_skinny, False, is_described, True, work)
@@ -172,11 +173,8 @@ def _pointer_tiles(plan: Plan) -> list[tuple[str, Tile]]:
     return [(kernel, form) for kernel, form in forms if isinstance(form, Tile)]
 
 
-def shipped(target: str, capability: int = 80, gpu: str = "") -> list[Configuration]:
-    """Every configuration by pointers that dispatch chooses on a target, and where `gpu` names a chip, measured ones.
-
-    Capability 80 takes them wherever it can.
-    """
+def shipped(target: str, capability: int, gpu: str = "") -> list[Configuration]:
+    """Every configuration by pointers that dispatch chooses on a chip, and where `gpu` names it, measured ones."""
     found = {
         Configuration(kernel, facts.mode, facts.skip == "projection", facts.is_ragged, tile)
         for facts, plan in every_plan(target, capability if target == "cuda" else 0, gpu)
@@ -213,12 +211,13 @@ def shipped_forms(target: str, capability: int, gpu: str = "") -> list[FormConfi
     return sorted(found.values(), key=lambda c: (FORMS.index(c.kernel), list(MODES).index(c.mode), *c[2:5]))
 
 
-def shipped_stacks(target: str) -> list[StackConfiguration]:
+def shipped_stacks(target: str, capability: int) -> list[StackConfiguration]:
     """Every configuration of a run's kernels that dispatch chooses on a target."""
+    generation = dispatch.generation(target, capability)
     found: dict[StackConfiguration, None] = {}
     for (mode, (dtype, precision)), width in product(MODES.items(), STACK_WIDTHS):
         for is_ragged, is_skinny in product((False, True), (False, True)):
-            tiles = dispatch.stack_tiles(width - 3 * is_ragged, dtype, precision, target, is_skinny)
+            tiles = dispatch.stack_tiles(width - 3 * is_ragged, dtype, precision, generation, is_skinny)
             if tiles is None or (target == "hip" and mode == "tf32"):  # dispatch has no tf32 there
                 continue
             found[StackConfiguration("stack_forward", mode, width, is_ragged, False, tiles.forward)] = None

@@ -244,11 +244,11 @@ def main() -> int:
     modes = options.mode if HAS_GPU else [mode for mode in options.mode if mode != "bf16"]
     if modes != options.mode:
         print("bf16 is left out: Triton's interpreter computes its products wrongly")
-    chosen = [c for c in shipped(TARGET, gpu=GPU) if c.kernel in options.kernel and c.mode in modes]
+    chosen = [c for c in shipped(TARGET, capability(), GPU) if c.kernel in options.kernel and c.mode in modes]
     if options.quick:
         chosen = largest(chosen)
     is_small = options.quick or not HAS_GPU
-    stacks = [c for c in shipped_stacks(TARGET) if c.kernel in options.kernel and c.mode in modes]
+    stacks = [c for c in shipped_stacks(TARGET, capability()) if c.kernel in options.kernel and c.mode in modes]
     queue = [*cases(chosen, is_small), *stack_cases(stacks, is_small)]
 
     forms = [

@@ -196,10 +196,10 @@ def main() -> int:
             ]
         else:
             target, capability = ARCHES[arch].dispatch, launches.CAPABILITY.get(arch, 0)
-            every = [c for c in shipped(target) if c.is_ragged in widths]
+            every = [c for c in shipped(target, capability) if c.is_ragged in widths]
             chosen = [c for c in every if c.kernel in options.kernel and c.mode in options.mode]
             queue += jobs(arch, chosen, options.quick)
-            stacks = [c for c in shipped_stacks(ARCHES[arch].dispatch) if c.is_ragged in widths]
+            stacks = [c for c in shipped_stacks(target, capability) if c.is_ragged in widths]
             runs = [c for c in stacks if c.kernel in options.kernel and c.mode in options.mode]
             queue += stack_jobs(arch, runs, options.quick)
             forms = [c for c in shipped_forms(target, capability) if c.kernel in options.kernel]

@@ -66,12 +66,12 @@ def least(M: int, d: int, L: int, itemsize: int, trains: bool) -> int:
 
 
 def table(M: int, L: int, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Passes over an [M, d] matrix per layer, with the tiles of a CUDA device; both forms of dw where it has both."""
+    """Passes over an [M, d] matrix per layer, with the tiles of a Hopper; both forms of dw where it has both."""
     lines = [f"passes over [{M}, d] per layer, L = {L}, {str(dtype).removeprefix('torch.')}"]
     titles = f"{'forward':>8}{'rows':>8}{'sums':>8}{'products':>9}{'training':>9}{'cached':>8}"
     lines.append(f"{'d':>4} {'h kept':<10}{'dw':<11}{titles}")
     for d in STACK_WIDTHS:
-        tiles = dispatch.stack_tiles(d, dtype, dispatch.precision(dtype), "cuda", False)
+        tiles = dispatch.stack_tiles(d, dtype, dispatch.precision(dtype), "hopper", False)
         per_layer = L * M * d * dtype.itemsize
         for keep_every in (1, dispatch.stack_keeps(L, M, d, dtype, recompute=True)):
             for sums_weight in (True, False) if dispatch.stack_sums_weight(1, d, 1) else (False,):

@@ -40,6 +40,7 @@ WIDE_KEPT_UP_TO, WIDE_FROM = 1 << 30, 48
 # Private to torch, they tell how a call arrived. A torch without one gets the answer that is right for every call.
 transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 modes_in_force = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # 0.5 µs less than of one device
 is_legacy_batch = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
@@ -59,6 +60,22 @@ class Triton:
     capability: int = 0  # of a cuda device: 80, 90, …
     gpu: str = ""
     trusts_registers: bool = True  # products may read an operand from registers (`assembler.py`)
+
+    @property
+    def generation(self) -> str:
+        return generation(self.target, self.capability)
+
+
+def generation(target: str, capability: int) -> str:
+    """Which tiles are a chip's: hip, interpreter, or of NVIDIA's ampere, hopper or blackwell.
+
+    ampere is whatever gives a program 99 KiB of shared memory and multiplies warp by warp: 8.x, and 12.x too.
+    """
+    if target != "cuda":
+        return target
+    if 90 <= capability < 100:
+        return "hopper"
+    return "blackwell" if 100 <= capability < 120 else "ampere"
 
 
 @dataclass(frozen=True)
@@ -253,6 +270,10 @@ _STACKS = {
     ("tf32", 256): StackTiles(StackTile(32, 8, 3, 32), StackTile(16, 8, 3, 16)),
     ("exact", 256): StackTiles(StackTile(16, 8, 1, 16), StackTile(16, 8, 1, 16)),
 }
+_BLACKWELL_STACKS = {  # where those would spill there
+    ("exact", 128): StackTiles(StackTile(32, 8, 3, 32), StackTile(16, 8, 1, 16)),
+    ("half", 256): StackTiles(StackTile(32, 8, 3, 32), StackTile(16, 8, 3, 64)),
+}
 # Every tile of rows reads all weights, so that of many rows wider layers than this have less to read one by one: 2 M d
 # numbers forward, against M / 64 × d². (Exact fp32 takes fewer rows at a time, but multiplies for longer.)
 STACK_ANY_ROWS_UP_TO, STACK_FEW_ROWS = 128, 4096
@@ -263,19 +284,19 @@ STACK_KEPT_UP_TO = 1 << 30  # bytes of rows between layers that are kept for bac
 
 
 def stack_tiles(
-    d: int, dtype: torch.dtype, precision: str, target: str, is_skinny: bool, trusts_registers: bool = True
+    d: int, dtype: torch.dtype, precision: str, generation: str, is_skinny: bool, trusts_registers: bool = True
 ) -> StackTiles | None:
     """The tiles of a run of layers of width d, or None where it goes layer by layer."""
     kind = "half" if dtype.itemsize == 2 else "tf32" if precision == "tf32" else "exact"
     width = max(16, 1 << (d - 1).bit_length())
     if (kind, width) not in _STACKS:
         return None
-    if target == "hip" and width * dtype.itemsize > 128:  # whose weights spill there
+    if generation == "hip" and width * dtype.itemsize > 128:  # whose weights spill there
         tile = StackTile(16, 8, 1, 64 // dtype.itemsize)
         return StackTiles(tile, tile)
     # a width that is no multiple of 16 loads element by element, with an address each
     is_ragged = d % 16 > 0
-    has_room = not (is_ragged and kind == "exact") and target != "hip"
+    has_room = not (is_ragged and kind == "exact") and generation != "hip"
 
     most = 128 if trusts_registers else 32  # rows, up to which Hopper multiplies as older chips do
 
@@ -284,8 +305,8 @@ def stack_tiles(
         return tile._replace(BLOCK_M=rows, stages=tile.stages if has_room else 1)
 
     fewer = 2 if is_ragged and width == 128 else 1
-    forward, backward = _STACKS[kind, width]
-    return StackTiles(fitted(forward, fewer), fitted(backward, 4 if target == "hip" else fewer))
+    forward, backward = (_STACKS | _BLACKWELL_STACKS if generation == "blackwell" else _STACKS)[kind, width]
+    return StackTiles(fitted(forward, fewer), fitted(backward, 4 if generation == "hip" else fewer))
 
 
 def stack_pays(rows: int, d: int) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import measured
-from .dispatch import SKINNY, Triton, precision, prefers_kernels
+from .dispatch import SKINNY, Triton, generation, precision, prefers_kernels
 from .kernels.config import (
     Elementwise,
     Inside,
@@ -29,6 +29,7 @@ from .kernels.config import (
 )
 from .kernels.spec import LayerSpec, Operands
 
+DESCRIBING = ("hopper", "blackwell")  # whose copy engine takes tiles, and whose shared memory has room for many
 TOGETHER_UP_TO = 128  # N and K, up to which all of backward may be one kernel, and x all that is kept
 WHOLE_UP_TO = 256  # N and K, up to which w stays in a program's shared memory
 TILED_UP_TO = 2048  # K, up to which finishing a tile is worth hiding behind another's product
@@ -71,6 +72,10 @@ class Facts(NamedTuple):
         return self.N % 16 != 0 or self.K % 16 != 0
 
     @property
+    def generation(self) -> str:
+        return generation(self.target, self.capability)
+
+    @property
     def mode(self) -> str:
         return mode(self.dtype, self.precision)
 
@@ -95,7 +100,7 @@ def explained(
     M = operands.x.shape[:-1].numel()
     is_skinny = M <= SKINNY and not spec.batch_invariant
     # few rows are not worth descriptors, which take the host longer than their tile is quicker
-    is_described = choice.capability >= 90 and not is_skinny and _is_described(operands, g, dtype)
+    is_described = choice.generation in DESCRIBING and not is_skinny and _is_described(operands, g, dtype)
     learns = (operands.skip_scale is not None, operands.branch_scale is not None)
     plan, because = _explained(weight.shape, dtype, precision(dtype), spec, learns, choice, is_skinny, is_described)
     if plan.weight is not None:
@@ -245,7 +250,7 @@ def why_not(facts: Facts, form: object) -> str:
 def _why_not_described(facts: Facts) -> str:
     if facts.target == "interpreter":
         return "the interpreter goes by pointers"
-    if facts.capability < 90:
+    if facts.generation not in DESCRIBING:
         return "this GPU copies no tiles by descriptors"
     if facts.is_skinny:
         return FEW
@@ -259,21 +264,19 @@ def _varies(facts: Facts) -> str:
 def _is_together(N: int, K: int, skip: str, mode: str, choice: Triton) -> bool:
     if max(N, K) > TOGETHER_UP_TO or skip not in ("none", "identity", "residual"):
         return False
-    if _rows_together(N, K, mode, choice.target, choice.capability) is None:
+    if _rows_together(N, K, mode, choice.generation) is None:
         return False
     found = measured.plan(choice.gpu, N, K, mode, False)
     return found is None or isinstance(found.plan.backward, Together)
 
 
-def _rows_together(N: int, K: int, mode: str, target: str, capability: int) -> StackTile | None:
+def _rows_together(N: int, K: int, mode: str, generation: str) -> StackTile | None:
     """The tile of the one kernel, None where there is none that does not spill."""
     kind = {"fp32": "exact", "tf32": "tf32"}.get(mode, "half")
     key = kind, max(padded(N, K))
-    if target == "hip":  # reasoned: what spills nothing there, padded or not
+    if generation == "hip":  # reasoned: what spills nothing there, padded or not
         return TOGETHER[key] if key in (("half", 16), ("half", 32), ("exact", 16)) else None
-    if target == "cuda" and capability < 90:
-        return None if key == ("tf32", 128) else SMALLER.get(key, TOGETHER.get(key))
-    return TOGETHER.get(key)
+    return TOGETHER_ELSEWHERE.get(generation, {}).get(key, TOGETHER.get(key))
 
 
 def _is_described(operands: Operands, g: Tensor | None, dtype: torch.dtype) -> bool:
@@ -318,7 +321,8 @@ def _forward(facts: Facts, keeps: bool) -> tuple[Tile | PersistentTile | Element
     if facts.skip in ("projection", "concat") or not facts.is_described:
         return by_pointers, why_not(facts, TILED)
     widest = max(facts.N, facts.K)
-    whole = WHOLE[_power_of_two(widest, 64, WHOLE_UP_TO)]
+    is_blackwell = facts.generation == "blackwell"
+    whole = (WHOLE | BLACKWELL_WHOLE if is_blackwell else WHOLE)[_power_of_two(widest, 64, WHOLE_UP_TO)]
     if widest <= whole.BLOCK_N and not (keeps and widest > TOGETHER_UP_TO) and not why_not(facts, whole):
         return whole, "all of w stays in a program's shared memory"
     if facts.K <= TILED_UP_TO:
@@ -328,7 +332,7 @@ def _forward(facts: Facts, keeps: bool) -> tuple[Tile | PersistentTile | Element
 
 def _backward(facts: Facts) -> tuple[Separate | Inside | Together, str]:
     if facts.is_together:
-        rows = _rows_together(facts.N, facts.K, facts.mode, facts.target, facts.capability)
+        rows = _rows_together(facts.N, facts.K, facts.mode, facts.generation)
         one = Together(rows._replace(BLOCK_M=16) if facts.is_skinny else rows)
         return one, "one kernel reads x and ∂L/∂y once, and has room for dw in its registers"
     dz = _tile(facts, facts.N, facts.K, "dz")
@@ -340,7 +344,8 @@ def _backward(facts: Facts) -> tuple[Separate | Inside | Together, str]:
     if facts.dtype.itemsize > 2:
         return in_pieces, "dz inside the product for dx is laid out for 16 bits"
     if facts.K <= INSIDE_UP_TO:
-        refused, inside = why_not(facts, INSIDE), INSIDE_BUSY if facts.work == "busy" else INSIDE
+        inside = BLACKWELL_INSIDE if facts.generation == "blackwell" else INSIDE
+        refused, inside = why_not(facts, inside), INSIDE_BUSY if facts.work == "busy" else inside
         return (in_pieces, refused) if refused else (inside, "dz is made where dx reads it, and written once for dw")
     if not facts.is_described:
         return in_pieces, f"by pointers until measured otherwise: {_why_not_described(facts)}"
@@ -370,6 +375,9 @@ TILED = PersistentTile(128, 128, 64, 4, 3, parts=4, residents=2)
 TILED_DEEP = PersistentTile(128, 256, 64, 8, 3, parts=4)
 INSIDE = Inside(PersistentTile(128, 256, 32, 8, 4, parts=2))
 INSIDE_BUSY = Inside(PersistentTile(64, 256, 32, 8, 4, parts=2))  # for layers that do more to each number
+# where those would spill, or take more shared memory or registers than there are
+BLACKWELL_WHOLE = {64: WHOLE[64]._replace(residents=3), 256: WHOLE[256]._replace(parts=2)}
+BLACKWELL_INSIDE = Inside(PersistentTile(128, 256, 32, 8, 3, parts=2))
 # rows per program of the kernel that is all of backward; exact fp32 holds no wider dw in its registers
 TOGETHER = {
     ("half", 16): StackTile(128, 4, 3),
@@ -384,7 +392,10 @@ TOGETHER = {
     ("exact", 32): StackTile(64, 8, 2),
     ("exact", 64): StackTile(32, 8, 2),
 }
-SMALLER = {("half", 128): StackTile(16, 8, 2)}  # where a program has 99 KiB of shared memory, before sm_90
+TOGETHER_ELSEWHERE: dict[str, dict[tuple[str, int], StackTile | None]] = {  # where those would spill or have no room
+    "ampere": {("half", 16): StackTile(64, 4, 3), ("half", 128): StackTile(16, 8, 2), ("tf32", 128): None},
+    "blackwell": {("half", 16): StackTile(64, 4, 3), ("tf32", 16): StackTile(64, 4, 2)},
+}
 
 
 class _Shape(NamedTuple):
@@ -394,6 +405,7 @@ class _Shape(NamedTuple):
     columns: int
     depth: int
     warps: int
+    stages: int = 3
 
 
 # fp32 without tf32 has no matrix unit and holds its operands in registers too; sizes that are no multiple of 16 load
@@ -420,6 +432,7 @@ _SHAPES = {  # (is_exact_fp32, is_ragged, work); forward has φ and φ' of a til
     (True, True, "dx"): _Shape(64, 64, 16, 8),
     (True, True, "projected dx"): _Shape(64, 32, 16, 8),
 }
+_AMPERE_TF32 = _Shape(128, 64, 16, 8, stages=4)  # forward, where sin's slow path would spill
 _SKINNY = {False: _Shape(16, 64, 32, 4), True: _Shape(16, 64, 16, 4)}  # by is_exact_fp32
 
 
@@ -429,10 +442,13 @@ def _tile(facts: Facts, columns: int, depth: int, work: str) -> Tile:
         work = f"projected {work}"
     is_half = facts.dtype.itemsize == 2
     shape = _SKINNY[facts.is_exact_fp32] if facts.is_skinny else _SHAPES[facts.is_exact_fp32, facts.is_ragged, work]
+    is_ampere_tf32 = facts.generation == "ampere" and facts.mode == "tf32" and not facts.is_ragged
+    if is_ampere_tf32 and work == "forward" and not facts.is_skinny:
+        shape = _AMPERE_TF32
     deepest = 2 * shape.depth if is_half and not facts.is_ragged else shape.depth
     block_n = _power_of_two(columns, 16, shape.columns)
     block_k = _power_of_two(depth, 32 if is_half else 16, deepest)
-    return Tile(shape.rows, block_n, block_k, shape.warps, 2 if facts.target == "hip" else 3)
+    return Tile(shape.rows, block_n, block_k, shape.warps, 2 if facts.target == "hip" else shape.stages)
 
 
 def padded(N: int, K: int) -> tuple[int, int]:

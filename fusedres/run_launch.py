@@ -23,7 +23,7 @@ def tiles(x: Tensor, spec: NetworkSpec) -> StackTiles | None:
     width = spec.widths[0]
     is_skinny = x.numel() // width <= dispatch.SKINNY and not dispatch.is_batch_invariant()
     precision, trusts = dispatch.precision(x.dtype), choice.trusts_registers
-    return dispatch.stack_tiles(width, x.dtype, precision, choice.target, is_skinny, trusts)
+    return dispatch.stack_tiles(width, x.dtype, precision, choice.generation, is_skinny, trusts)
 
 
 def has_tiles(device_type: str, index: int | None, dtype: torch.dtype, width: int) -> bool:
@@ -32,7 +32,7 @@ def has_tiles(device_type: str, index: int | None, dtype: torch.dtype, width: in
     choice = dispatch.backend(device, dtype)
     if not isinstance(choice, dispatch.Triton):
         return False
-    return dispatch.stack_tiles(width, dtype, dispatch.precision(dtype), choice.target, False) is not None
+    return dispatch.stack_tiles(width, dtype, dispatch.precision(dtype), choice.generation, False) is not None
 
 
 has_tiles.__dict__["_dynamo_marked_constant"] = True  # torch.compile is to call it, not to trace it

@@ -133,7 +133,7 @@ MUTATIONS = {
         "fusedres/plans.py", "refused := why_not(facts, form)", 'refused := ""', "test_plans.py"
     ),
     "plans: one tile inside for layers that do more": Mutation(
-        "fusedres/plans.py", 'INSIDE_BUSY if facts.work == "busy" else INSIDE', "INSIDE", "test_plans.py"
+        "fusedres/plans.py", 'INSIDE_BUSY if facts.work == "busy" else inside', "inside", "test_plans.py"
     ),
     "plans: a file is read while compiling": Mutation(
         "fusedres/functional.py", " and not torch.compiler.is_compiling() and plans", " and plans", "test_plans.py"

@@ -15,7 +15,8 @@ from fusedres.kernels.spec import WAYS
 
 def _cases() -> list[Case]:
     """Natively the largest tiles, since each is a compilation (`bench/exact.py` does all); interpreted, every tile."""
-    chosen = [c for c in shipped(TARGET) if HAS_GPU or c.mode in ("fp32", "fp16")]  # bf16 wrong, tf32 ignored there
+    every = shipped(TARGET, capability())
+    chosen = [c for c in every if HAS_GPU or c.mode in ("fp32", "fp16")]  # bf16 wrong, tf32 ignored there
     if HAS_GPU:
         chosen = largest(chosen)
     else:
@@ -31,9 +32,10 @@ def test_every_element_is_exact(case):
 
 def _stack_cases() -> list[StackCase]:
     """Natively of the heaviest run; interpreted, padded widths alone: what those prove, whole ones share."""
+    every = shipped_stacks(TARGET, capability())
     if HAS_GPU:
-        return [case for case in stack_cases(shipped_stacks(TARGET), is_small=True) if case.stack == "everything"]
-    chosen = [c for c in shipped_stacks(TARGET) if c.mode in ("fp32", "fp16") and c.is_ragged]
+        return [case for case in stack_cases(every, is_small=True) if case.stack == "everything"]
+    chosen = [c for c in every if c.mode in ("fp32", "fp16") and c.is_ragged]
     return stack_cases(chosen, is_small=True)
 
 
@@ -43,9 +45,10 @@ def test_every_element_of_a_run_is_exact(case):
 
 
 def _form_cases() -> list[FormCase]:
-    """fp16 compiles to what bf16 does; the interpreter knows no other of 16 bits."""
+    """fp16 compiles to what bf16 does; the interpreter knows no other of 16 bits, and runs the tiles of every chip."""
     few = ("fp32", "tf32", "bf16") if HAS_GPU else ("fp32", "fp16")
-    forms = [c for c in shipped_forms("cuda", capability(), GPU) if c.mode in few]
+    chips = [capability()] if HAS_GPU else [80, 90, 100]
+    forms = dict.fromkeys(c for chip in chips for c in shipped_forms("cuda", chip, GPU) if c.mode in few)
     return list(form_cases(forms, is_small=True))
 
 
@@ -66,9 +69,9 @@ def test_every_element_of_the_engine_is_exact(way, dtype, backend):
 
 
 def test_every_kernel_and_mode_ships():
-    found = shipped(TARGET)
+    found = shipped(TARGET, capability())
     assert {c.kernel for c in found} == set(KERNELS)
     assert {c.mode for c in found} == set(MODES)
-    stacks = shipped_stacks(TARGET)
+    stacks = shipped_stacks(TARGET, capability())
     assert {c.kernel for c in stacks} == set(STACK_KERNELS)
     assert {c.mode for c in stacks} == set(MODES)

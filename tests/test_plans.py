@@ -37,6 +37,8 @@ from fusedres.kernels.spec import LayerSpec, Operands
 
 H100 = Triton("", "cuda", 90, "NVIDIA H100 80GB HBM3")
 A100 = Triton("", "cuda", 80, "NVIDIA A100")
+B200 = Triton("", "cuda", 100, "NVIDIA B200")
+RTX5090 = Triton("", "cuda", 120, "NVIDIA GeForce RTX 5090")
 HALF = torch.bfloat16
 
 
@@ -71,7 +73,7 @@ def forget() -> None:
 # ------------------------------------------------------------------------------------------------ never of M
 
 
-@pytest.mark.parametrize("choice", [H100, A100], ids=["sm_90", "sm_80"])
+@pytest.mark.parametrize("choice", [H100, A100, B200], ids=["sm_90", "sm_80", "sm_100"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("skip", ["identity", "projection"])
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (64, 64), (67, 129), (512, 512), (4096, 1024)])
@@ -117,6 +119,20 @@ def test_what_the_copy_engine_is_for():
         assert isinstance(plan_for(4096, N, K, skip="projection").forward, Tile)
     assert isinstance(plan_for(4096, 512, 512).backward, Inside)
     assert isinstance(plan_for(4096, 512, 512, recompute=True).backward, Separate), "z is multiplied again"
+
+
+@pytest.mark.parametrize("mode", [(torch.float32, "ieee"), (torch.float32, "tf32"), (HALF, "ieee")], ids=str)
+def test_chips_with_little_shared_memory_have_the_tiles_of_older_ones(mode, monkeypatch):
+    """12.x comes after 9.0 and 10.0, and has what 8.x has."""
+    dtype, precision = mode
+    monkeypatch.setattr(plans, "precision", lambda dtype: precision)
+    for N, skip in ((16, "identity"), (64, "identity"), (128, "residual"), (256, "projection"), (1024, "identity")):
+        for M in (8, 4096):
+            expected = plan_for(M, N, N, dtype, A100, skip=skip)
+            assert plan_for(M, N, N, dtype, RTX5090, skip=skip) == expected
+    for capability, generation in ((86, "ampere"), (89, "ampere"), (90, "hopper"), (103, "blackwell"), (121, "ampere")):
+        assert Triton("", "cuda", capability).generation == generation
+    assert Triton("", "hip", 0).generation == "hip"
 
 
 def test_layers_that_do_more_to_each_number_have_a_lower_tile():
@@ -230,9 +246,9 @@ def test_without_trust_no_operand_is_in_registers():
     wary = Triton("", "cuda", 90, H100.gpu, trusts_registers=False)
     assert isinstance(plan_for(4096, 512, 512, choice=wary).backward, Separate)
     assert isinstance(plan_for(4096, 512, 512, choice=wary).forward, PersistentTile)
-    tiles = dispatch.stack_tiles(64, HALF, "ieee", "cuda", False, trusts_registers=False)
+    tiles = dispatch.stack_tiles(64, HALF, "ieee", "hopper", False, trusts_registers=False)
     assert max(tile.BLOCK_M for tile in tiles) <= 32, "fewer rows than Hopper's asynchronous products take"
-    assert max(tile.BLOCK_M for tile in dispatch.stack_tiles(64, HALF, "ieee", "cuda", False)) > 32
+    assert max(tile.BLOCK_M for tile in dispatch.stack_tiles(64, HALF, "ieee", "hopper", False)) > 32
 
 
 # ------------------------------------------------------------------------------------------------ measured

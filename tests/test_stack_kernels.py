@@ -358,11 +358,11 @@ def test_offsets_beyond_32_bits(far, device, monkeypatch):
     assert torch.equal(kept[:, :16], near)
 
 
-@pytest.mark.parametrize("target", ["cuda", "hip"])
+@pytest.mark.parametrize("generation", ["ampere", "hopper", "blackwell", "hip"])
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "ieee"), ("float32", "tf32"), ("float16", "ieee")])
-def test_every_width_and_dtype_has_tiles(dtype, precision, target):
+def test_every_width_and_dtype_has_tiles(dtype, precision, generation):
     def tiles(d: int, is_skinny: bool = False) -> StackTiles | None:
-        return dispatch.stack_tiles(d, getattr(torch, dtype), precision, target, is_skinny)
+        return dispatch.stack_tiles(d, getattr(torch, dtype), precision, generation, is_skinny)
 
     assert all(tiles(d) for d in (1, 16, 17, 64, 65, 128, 129, 256))
     assert tiles(257) is None
