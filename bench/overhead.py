@@ -2,8 +2,9 @@
 
     python bench/overhead.py --json overhead.json
 
-Then the three ways into the fused layer (`fusedres/ops.py`) against one another, with the launchers replaced by a few
-cheap operations: what is left is what each way's node costs.
+On a CPU also layers of fewer operations, and of more rows. Then the three general ways into the fused layer
+(`fusedres/ops.py`) against one another, with the launchers replaced by a few cheap operations: what is left is what
+each way's node costs.
 """
 
 from __future__ import annotations
@@ -23,14 +24,36 @@ from fusedres import FusedResidualLinear, dispatch, ops
 from fusedres.kernels.spec import Gradients, LayerSpec, Operands, Wanted
 
 SHAPES = ((1, 16), (8, 16))
+MORE_SHAPES = ((10, 64), (64, 64), (10, 128))  # of networks that people call layer by layer
 CALLS = 20  # in a run: one call alone is too short for a clock
 
 
 class Eager(nn.Linear):
-    """The same layer in three operations."""
+    """x + gelu(z): the same layer in three operations."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + F.gelu(F.linear(x, self.weight, self.bias))
+
+
+class EagerSum(nn.Linear):
+    """relu(x + z), which ends a residual block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + F.linear(x, self.weight, self.bias))
+
+
+class EagerRelu(nn.Linear):
+    """relu(z): no layer takes fewer operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.linear(x, self.weight, self.bias))
+
+
+LAYERS: dict[str, tuple[type[nn.Linear], dict]] = {
+    "x + gelu(z)": (Eager, {}),
+    "relu(x + z)": (EagerSum, {"activation": "relu", "order": "post"}),
+    "relu(z)": (EagerRelu, {"activation": "relu", "skip": None}),
+}
 
 
 def forward_and_step(layers: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, device: str, runs: int) -> dict:
@@ -54,12 +77,13 @@ def forward_and_step(layers: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor
     }
 
 
-def modules(M: int, d: int, device: str, runs: int) -> dict:
+def modules(name: str, M: int, d: int, device: str, runs: int) -> dict:
     """FusedResidualLinear and the same layer in eager operations; `again` is eager once more: the noise."""
+    eager, options = LAYERS[name]
     layers = {
-        "eager": Eager(d, d, device=device),
-        "fusedres": FusedResidualLinear(d, device=device),
-        "again": Eager(d, d, device=device),
+        "eager": eager(d, d, device=device),
+        "fusedres": FusedResidualLinear(d, device=device, **options),
+        "again": eager(d, d, device=device),
     }
     return forward_and_step(layers, torch.randn(M, d, device=device), device, runs)
 
@@ -118,10 +142,13 @@ def main() -> None:
     print(f"fusedres: {type(choice).__name__}, because {choice.because}")
     torch.manual_seed(0)
     found = {}
+    for name in LAYERS if device == "cpu" else list(LAYERS)[:1]:  # on a GPU each is a compilation
+        for M, d in SHAPES + (MORE_SHAPES if device == "cpu" else ()):
+            found[f"{name} [{M}, {d}]"] = result = modules(name, M, d, device, options.runs)
+            report(f"module, {name}, x [{M}, {d}]", result)
     for M, d in SHAPES:
-        for title, measure in (("module", modules), ("ways in, stubbed", ways_in)):
-            found[f"{title} [{M}, {d}]"] = result = measure(M, d, device, options.runs)
-            report(f"{title}, x [{M}, {d}]", result)
+        found[f"ways in, stubbed [{M}, {d}]"] = result = ways_in(M, d, device, options.runs)
+        report(f"ways in, stubbed, x [{M}, {d}]", result)
     if options.json:
         times = {
             title: {kind: {name: t._asdict() for name, t in ts.items()} for kind, ts in kinds.items()}

@@ -13,8 +13,15 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import dispatch, explanation, functional, network_checks, network_ops, ops, reference, run_launch, run_ops
-from .dispatch import Eager, Native, Triton, Way, modes_in_force, transforms_are_active
-from .functional import is_any_autocast_enabled
+from .dispatch import (
+    Eager,
+    Native,
+    Triton,
+    Way,
+    is_any_autocast_enabled,
+    modes_in_force,
+    transforms_are_active,
+)
 from .kernels.cpu import launch
 from .kernels.cpu.plan import encoded
 from .kernels.spec import NetworkSpec

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch, philox, recording, reference
-from .kernels.spec import Gradients, LayerSpec, Operands, Wanted
+from .batching import one_by_one
+from .kernels.cpu import plan
+from .kernels.spec import Gradients, LayerSpec, NetworkSpec, Operands, Slots, Wanted
 from .launch import backward as _backward
 from .launch import forward as _forward
 from .launch import kept as _kept
@@ -43,6 +45,10 @@ _LIBRARY.define(
     f"residual_linear_backward(Tensor g, Tensor kept, Tensor s, {_OPERANDS}, {_SPEC}, bool[] wanted)"
     f" -> ({', '.join(['Tensor'] * len(Gradients._fields))})",
     tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "layer_backward(Tensor g, Tensor x, Tensor? residual, Tensor[] parameters, Tensor? seeds, int[] codes, "
+    "float[] numbers, bool[] wanted) -> Tensor[]"
 )
 _LIBRARY.define("draw_seed() -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))
 
@@ -210,6 +216,40 @@ def _differentiable_backward(
     g: Tensor, operands: Operands, kept: Tensor | None, s: Tensor | None, spec: LayerSpec, wanted: Wanted
 ) -> Gradients:
     return Gradients(*_Gradients.apply(spec, wanted, kept, s, g, *operands))
+
+
+@torch.library.impl(_LIBRARY, "layer_backward", "Batched")
+@torch.library.impl(_LIBRARY, "layer_backward", "CompositeImplicitAutograd")
+def _layer_backward(
+    g: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    parameters: Sequence[Tensor],
+    seeds: Tensor | None,
+    codes: Sequence[int],
+    numbers: Sequence[float],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """The backward of the engine's own node of a layer where that is to be differentiated, batched, or looked at.
+
+    wanted, and what is returned: of x, residual, parameters.
+    """
+    (layer,) = plan.decoded(tuple(codes), tuple(numbers)).layers
+    (own,) = NetworkSpec([layer]).tensors(parameters)
+    operands = layer.operands(x, own, None if seeds is None else seeds[0])._replace(residual=residual)
+    spec = layer.spec if seeds is not None else layer.spec._replace(drop_path=0.0)
+    places = [0, 3, *(Operands._fields.index(name) for name in Slots._fields if getattr(layer.slots, name) >= 0)]
+    needs = [False] * N_OPERANDS
+    for place, is_wanted in zip(places, wanted, strict=True):
+        needs[place] = is_wanted
+    is_plain = not (torch.is_grad_enabled() or dispatch.transforms_are_active())
+    call = _visible_backward if is_plain else _differentiable_backward
+    found = _differentiate(call, g, (*operands, None, None), spec, needs)
+    return [found[place] for place, is_wanted in zip(places, wanted, strict=True) if is_wanted]
+
+
+_rule = one_by_one(lambda *given: torch.ops.fusedres.layer_backward(*given))
+torch.library.register_vmap("fusedres::layer_backward", _rule, lib=_LIBRARY)
 
 
 def _spread(values: Sequence[Any], wanted: Wanted) -> Gradients:

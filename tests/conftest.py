@@ -18,7 +18,7 @@ if not HAS_GPU:
 
 import pytest  # noqa: E402
 
-from fusedres import dispatch, measured, native, plans  # noqa: E402
+from fusedres import dispatch, measured, native, plain_layer, plans  # noqa: E402
 from fusedres.kernels.cpu import launch  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -98,6 +98,7 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     kinds = (
         "forward",
         "backward",
+        "layer",
         "network_forward",
         "network_backward",
         "run",
@@ -113,6 +114,7 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def forget_choices() -> None:
     """Whatever was decided, or compiled, in view of the environment."""
     dispatch._cached_backend.cache_clear()
+    plain_layer.forget()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 

@@ -305,7 +305,7 @@ MUTATIONS = {
         "kernels/cpu/node.h", "saved[KEPT], required, g", "saved[KEPT], wanted, g", "test_network_autograd.py"
     ),
     "C++: memory kept without gradients": Mutation(
-        "kernels/cpu/binding.cpp", "if (c10::GradMode::is_enabled() &&", "if (true ||", "test_network_autograd.py"
+        "kernels/cpu/binding.cpp", "c10::GradMode::is_enabled() &&", "true ||", "test_network_autograd.py"
     ),
     "C++: backward not differentiable": Mutation(
         "kernels/cpu/node.h", "c10::GradMode::is_enabled() || ", "", "test_network_autograd.py"
@@ -395,7 +395,37 @@ MUTATIONS = {
         "fusedres/cli/__init__.py", "if options.json else nullcontext()", "if False else nullcontext()", "test_cli.py"
     ),
     "C++: backward hidden from modes": Mutation(
-        "kernels/cpu/node.h", " || !is_plain(g) || !is_plain(x)", "", "test_network_autograd.py"
+        "kernels/cpu/node.h", "is_plain(g) && is_plain(x);", "true;", "test_network_autograd.py"
+    ),
+    "C++: a residual that is read let go": Mutation(
+        "kernels/cpu/node.h", "residual && reads_residual(run.plan) ?", "false ?", "test_plain_layer.py"
+    ),
+    "C++: a residual that is not read kept": Mutation(
+        "kernels/cpu/node.h", "residual && reads_residual(run.plan) ?", "residual ?", "test_plain_layer.py"
+    ),
+    "C++: a residual's gradient without λ": Mutation(
+        "kernels/cpu/node.h", "scale == 1 ? g : at::mul(g, scale)", "g", "test_plain_layer.py"
+    ),
+    "C++: a residual of other leading sizes": Mutation(
+        "kernels/cpu/tensors.h", "residual_->dim() == x_.dim() &&", "", "test_plain_layer.py"
+    ),
+    "a plain layer: known without its options": Mutation(
+        "fusedres/plain_layer.py", "            options,\n            skip", "            skip", "test_plain_layer.py"
+    ),
+    "a plain layer: known without its weight's shape": Mutation(
+        "fusedres/plain_layer.py", "            weight.shape,\n", "", "test_plain_layer.py"
+    ),
+    "a plain layer: True for 1.0": Mutation(
+        "fusedres/plain_layer.py", "            type(options[4]),\n", "", "test_plain_layer.py"
+    ),
+    "a plain layer: recompute keeps": Mutation(
+        "fusedres/plain_layer.py", "not spec.recompute", "True", "test_module.py"
+    ),
+    "a layer's backward: a dropped row as another's": Mutation(
+        "fusedres/ops.py", "else seeds[0])", "else seeds[0] + 1)", "test_plain_layer.py"
+    ),
+    "plans: 12.x taken for Blackwell": Mutation(
+        "fusedres/dispatch.py", "100 <= capability < 120", "100 <= capability", "test_plans.py"
     ),
     "vanish: no network takes a skip": Mutation(
         "fusedres/studies/vanish.py", '"auto" if has_skips else None', "None", "test_study_vanish.py"

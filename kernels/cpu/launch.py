@@ -52,6 +52,26 @@ def forward(operands: Operands, spec: LayerSpec, way: int, keep: bool) -> tuple[
     return _engine.forward(layer, parameters, x, residual, seeds, way, wanted, keep)
 
 
+def layer(
+    plan: Tensor,
+    way: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    keep: bool,
+    seed: Tensor | None,
+    more: Sequence[Tensor],
+) -> Tensor:
+    """y, with its node in autograd's graph where something requires a gradient.
+
+    more: projection_weight, projection_bias, skip_scale and branch_scale, as far as there are any.
+    """
+    if keep and seed is None and not more:
+        return _engine.layer(plan, way, x, weight, bias, residual)  # each argument costs its conversion
+    return _engine.layer(plan, way, x, weight, bias, residual, keep, None if seed is None else seed.view(1), more)
+
+
 def backward(
     g: Tensor,
     operands: Operands,

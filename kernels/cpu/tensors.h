@@ -249,9 +249,11 @@ struct Arguments {
         call.M = x.size(0);
         call.x = x.const_data_ptr();
         if (residual_) {
-            TORCH_CHECK(residual_->scalar_type() == x.scalar_type() && residual_->size(-1) == first.N &&
-                            residual_->numel() == call.M * first.N,
-                        "residual must be [..., ", first.N, "] with the rows and dtype of x, got ", residual_->sizes());
+            TORCH_CHECK(residual_->device().is_cpu() && residual_->scalar_type() == x.scalar_type() &&
+                            residual_->dim() == x_.dim() && residual_->size(-1) == first.N &&
+                            residual_->sizes().slice(0, size_t(x_.dim() - 1)) == x_.sizes().slice(0, size_t(x_.dim() - 1)),
+                        "residual must be [..., ", first.N, "] on the CPU, with the rows and dtype of x, got ",
+                        residual_->sizes());
             residual = rows_of(*residual_, &call.ldr);
             call.residual = residual.const_data_ptr();
         }
