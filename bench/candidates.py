@@ -64,8 +64,8 @@ def _forwards(facts: plans.Facts) -> list[Tile | PersistentTile | Elementwise]:
     widest = max(facts.N, facts.K)
     descriptors = TILED[_kind(facts)]
     if widest <= plans.WHOLE_UP_TO and facts.dtype.itemsize == 2:
-        own = plans.WHOLE[plans._power_of_two(widest, 64, plans.WHOLE_UP_TO)]
-        descriptors = [*_around_whole(own), *(tile for tile in descriptors if widest >= tile.BLOCK_N)]
+        fitting = (tile for tile in descriptors if widest >= tile.BLOCK_N)
+        descriptors = [*_around_whole(plans.whole_tile(facts)), *fitting]
     own, *pointers = _pointers(facts, facts.N, facts.K, "forward")
     library = [plans.ELEMENTWISE, Elementwise(16, 256, 4)]
     return [library[0], *descriptors[:4], pointers[0], library[1], *descriptors[4:], *pointers[1:], own]
@@ -148,6 +148,7 @@ TILED = {
 }
 INSIDE = [
     plans.INSIDE.dx,
+    plans.BLACKWELL_INSIDE.dx,
     plans.INSIDE_BUSY.dx,
     PersistentTile(128, 128, 64, 8, 3, parts=2),
     PersistentTile(64, 128, 64, 4, 3, parts=2, residents=2),

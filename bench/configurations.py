@@ -156,7 +156,7 @@ def every_plan(target: str, capability: int, gpu: str = "") -> list[tuple[plans.
         if mode == "tf32" and target == "hip":  # dispatch has none there
             continue
         are_rows = N * dtype.itemsize % 16 == 0 == K * dtype.itemsize % 16
-        fits = are_rows and dispatch.generation(target, capability) in plans.DESCRIBING
+        fits = are_rows and dispatch.generation_of(target, capability) in plans.DESCRIBING
         for is_skinny, is_described in product((False, True), {False, fits}):
             for work in ("plain", "busy") if is_described else ("plain",):
                 place = (skip, target, capability, gpu, is_skinny, False, is_described, True, work)
@@ -213,7 +213,7 @@ def shipped_forms(target: str, capability: int, gpu: str = "") -> list[FormConfi
 
 def shipped_stacks(target: str, capability: int) -> list[StackConfiguration]:
     """Every configuration of a run's kernels that dispatch chooses on a target."""
-    generation = dispatch.generation(target, capability)
+    generation = dispatch.generation_of(target, capability)
     found: dict[StackConfiguration, None] = {}
     for (mode, (dtype, precision)), width in product(MODES.items(), STACK_WIDTHS):
         for is_ragged, is_skinny in product((False, True), (False, True)):

@@ -20,7 +20,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # triton reads it as it defines kernel
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fusedres import dispatch
+from fusedres import dispatch, plain_layer
 
 MULTIPROCESSORS, SHARED = 132, 227 * 1024  # an H100's, and the bytes that one program can have
 DEVICE = 1000  # what Triton and our launches keep by device is not mixed with a real one's
@@ -74,6 +74,7 @@ def pretended(capability: int = 90) -> Iterator[Driver]:
     driver, before = _driver(capability), triton.runtime.driver._active
     choice = dispatch.Triton("it is pretended", "cuda", capability, "pretended")
     triton.runtime.driver.set_active(driver)
+    plain_layer.forget()
     try:
         with (
             mock.patch.object(dispatch, "_cached_backend", _always(choice)),
@@ -82,6 +83,7 @@ def pretended(capability: int = 90) -> Iterator[Driver]:
             yield driver
     finally:
         triton.runtime.driver._active = before
+        plain_layer.forget()
 
 
 def _always(value: Any) -> Callable[..., Any]:

@@ -182,7 +182,7 @@ def facts_of(N: int, K: int, mode: str, rows: int) -> plans.Facts:
     """
     dtype, precision = MODES[mode]
     target = "hip" if torch.version.hip else "cuda"  # the interpreter knows what the newest chips do
-    has_descriptors = dispatch.generation(target, capability()) in plans.DESCRIBING
+    has_descriptors = dispatch.generation_of(target, capability()) in plans.DESCRIBING
     return plans.Facts(
         N=N,
         K=K,

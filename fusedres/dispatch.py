@@ -63,10 +63,10 @@ class Triton:
 
     @property
     def generation(self) -> str:
-        return generation(self.target, self.capability)
+        return generation_of(self.target, self.capability)
 
 
-def generation(target: str, capability: int) -> str:
+def generation_of(target: str, capability: int) -> str:
     """Which tiles are a chip's: hip, interpreter, or of NVIDIA's ampere, hopper or blackwell.
 
     ampere is whatever gives a program 99 KiB of shared memory and multiplies warp by warp: 8.x, and 12.x too.

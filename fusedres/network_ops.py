@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import dispatch, philox, recording, reference, run_launch
-from .batching import one_by_one
 from .kernels.cpu import launch, plan
 from .kernels.spec import NetworkSpec
 from .launch import way_index
@@ -197,9 +196,22 @@ def _residual_network_backward_batched(*arguments: Any) -> list[Tensor]:
     return list(reference.network_gradients(g, x, parameters, spec, seeds, wanted))
 
 
-# the formula under torch.func's own transforms would be one too many for it
-_rule = one_by_one(lambda *given: torch.ops.fusedres.residual_network_backward(*given))
-torch.library.register_vmap("fusedres::residual_network_backward", _rule, lib=_LIBRARY)
+@torch.library.register_vmap("fusedres::residual_network_backward", lib=_LIBRARY)
+def _residual_network_backward_vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[list[Tensor], list[int]]:
+    """One call after the other: the formula under torch.func's own transforms would be one too many for it."""
+
+    def at(i: int, value: Any, dim: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value if dim is None else value.select(dim, i)
+        is_batched = isinstance(dim, list | tuple)
+        return [at(i, v, d) for v, d in zip(value, dim, strict=True)] if is_batched else value
+
+    def call(i: int) -> list[Tensor]:
+        given = (at(i, value, dim) for value, dim in zip(arguments, in_dims, strict=True))
+        return torch.ops.fusedres.residual_network_backward(*given)
+
+    found = [torch.stack(each) for each in zip(*map(call, range(info.batch_size)), strict=True)]
+    return found, [0] * len(found)
 
 
 @torch.library.register_fake("fusedres::residual_network_backward", lib=_LIBRARY)

@@ -1,6 +1,7 @@
-"""The fused layer as PyTorch operators, with fakes and gradients; the only caller of its launch.
+"""The fused layer as PyTorch operators, with fakes and gradients.
 
-Three ways in, from cheap to general (measured: `python bench/overhead.py`):
+Three ways in, from cheap to general (measured: `python bench/overhead.py`); a plain call on a CPU is the engine's own
+(`plain_layer.py`), whose backward comes here where it is to be differentiated again, batched, or looked at:
     a plain autograd.Function      eager mode
     a setup_context Function       inside torch.func transforms
     fusedres::residual_linear      compiling, exporting, under a dispatch mode, for tensor subclasses
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from . import dispatch, philox, recording, reference
-from .batching import one_by_one
 from .kernels.cpu import plan
 from .kernels.spec import Gradients, LayerSpec, NetworkSpec, Operands, Slots, Wanted
 from .launch import backward as _backward
@@ -218,6 +218,7 @@ def _differentiable_backward(
     return Gradients(*_Gradients.apply(spec, wanted, kept, s, g, *operands))
 
 
+@torch.library.impl(_LIBRARY, "layer_backward", "FuncTorchDynamicLayerFrontMode")  # transforms see what is in it
 @torch.library.impl(_LIBRARY, "layer_backward", "Batched")
 @torch.library.impl(_LIBRARY, "layer_backward", "CompositeImplicitAutograd")
 def _layer_backward(
@@ -237,19 +238,15 @@ def _layer_backward(
     (layer,) = plan.decoded(tuple(codes), tuple(numbers)).layers
     (own,) = NetworkSpec([layer]).tensors(parameters)
     operands = layer.operands(x, own, None if seeds is None else seeds[0])._replace(residual=residual)
-    spec = layer.spec if seeds is not None else layer.spec._replace(drop_path=0.0)
-    places = [0, 3, *(Operands._fields.index(name) for name in Slots._fields if getattr(layer.slots, name) >= 0)]
+    names = ["x", "residual", *(name for name in Slots._fields if getattr(layer.slots, name) >= 0)]
+    places = [Operands._fields.index(name) for name in names]
     needs = [False] * N_OPERANDS
     for place, is_wanted in zip(places, wanted, strict=True):
         needs[place] = is_wanted
     is_plain = not (torch.is_grad_enabled() or dispatch.transforms_are_active())
     call = _visible_backward if is_plain else _differentiable_backward
-    found = _differentiate(call, g, (*operands, None, None), spec, needs)
+    found = _differentiate(call, g, (*operands, None, None), layer.spec, needs)
     return [found[place] for place, is_wanted in zip(places, wanted, strict=True) if is_wanted]
-
-
-_rule = one_by_one(lambda *given: torch.ops.fusedres.layer_backward(*given))
-torch.library.register_vmap("fusedres::layer_backward", _rule, lib=_LIBRARY)
 
 
 def _spread(values: Sequence[Any], wanted: Wanted) -> Gradients:

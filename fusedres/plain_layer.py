@@ -16,7 +16,7 @@ from . import checks, dispatch, explanation, philox
 from .dispatch import Native, Way, is_any_autocast_enabled, modes_in_force, transforms_are_active
 from .kernels.cpu import launch
 from .kernels.cpu.plan import layer_plan
-from .kernels.spec import Operands
+from .kernels.spec import LayerSpec, Operands
 
 
 class _Known(NamedTuple):
@@ -30,7 +30,9 @@ class _Known(NamedTuple):
 
 
 _NONE = type(None)
+_UNKNOWN: Any = object()
 _KNOWN: dict[tuple[Any, ...], _Known | None] = {}
+_MOST = 4096
 
 
 def call(
@@ -70,12 +72,12 @@ def call(
             type(projection_weight),
             type(projection_bias),
         )
-        known = _KNOWN[facts]
-    except KeyError:
-        given = Operands(x, weight, bias, residual, projection_weight, projection_bias)
-        known = _remember(facts, given, skip_scale, branch_scale, options)
+        known = _KNOWN.get(facts, _UNKNOWN)
     except (AttributeError, TypeError):  # no tensor, or an option that is wrong: an error to be told
         return None
+    if known is _UNKNOWN:
+        given = Operands(x, weight, bias, residual, projection_weight, projection_bias)
+        known = _remember(facts, given, skip_scale, branch_scale, options)
     if known is None:
         return None
     plan, way, keep, drops, has_more = known
@@ -100,8 +102,8 @@ def _remember(
     options: tuple[Any, ...],
 ) -> _Known | None:
     """Raises what `checks.described` does."""
-    if len(_KNOWN) >= 4096:
-        _KNOWN.clear()
+    if len(_KNOWN) >= _MOST:
+        _KNOWN.pop(next(iter(_KNOWN)), None)  # the oldest
     known = None
     if _is_plain(given, skip_scale, branch_scale):
         known = _found(*checks.described(given, skip_scale, branch_scale, options, False))
@@ -115,10 +117,11 @@ def _is_plain(given: Operands, skip_scale: float | Tensor, branch_scale: float |
     return are_tensors and all(type(scale) in (float, Tensor, Parameter) for scale in (skip_scale, branch_scale))
 
 
-def _found(given: Operands, spec: Any) -> _Known | None:
+def _found(given: Operands, spec: LayerSpec) -> _Known | None:
+    """What is to be known of a call that is checked; None where another way takes it."""
     is_empty = any(t is not None and t.numel() == 0 for t in given)
-    choice = dispatch.choose(given.x.device, given.x.dtype, is_empty)
-    if not isinstance(choice, Native) or spec.skip == "concat":
+    choice = dispatch.backend(given.x.device, given.x.dtype)
+    if is_empty or not isinstance(choice, Native) or spec.skip == "concat":
         return None
     way = dispatch.layer_way(given, spec, given.x.dtype)
     if not isinstance(way, Way):

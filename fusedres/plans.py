@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import measured
-from .dispatch import SKINNY, Triton, generation, precision, prefers_kernels
+from .dispatch import SKINNY, Triton, generation_of, precision, prefers_kernels
 from .kernels.config import (
     Elementwise,
     Inside,
@@ -73,7 +73,7 @@ class Facts(NamedTuple):
 
     @property
     def generation(self) -> str:
-        return generation(self.target, self.capability)
+        return generation_of(self.target, self.capability)
 
     @property
     def mode(self) -> str:
@@ -320,14 +320,18 @@ def _forward(facts: Facts, keeps: bool) -> tuple[Tile | PersistentTile | Element
         return by_pointers, "tiles by descriptors are laid out for 16 bits"
     if facts.skip in ("projection", "concat") or not facts.is_described:
         return by_pointers, why_not(facts, TILED)
-    widest = max(facts.N, facts.K)
-    is_blackwell = facts.generation == "blackwell"
-    whole = (WHOLE | BLACKWELL_WHOLE if is_blackwell else WHOLE)[_power_of_two(widest, 64, WHOLE_UP_TO)]
+    widest, whole = max(facts.N, facts.K), whole_tile(facts)
     if widest <= whole.BLOCK_N and not (keeps and widest > TOGETHER_UP_TO) and not why_not(facts, whole):
         return whole, "all of w stays in a program's shared memory"
     if facts.K <= TILED_UP_TO:
         return TILED, "one of two programs finishes a tile while the other multiplies"
     return TILED_DEEP, f"above K = {TILED_UP_TO} there is little to finish, and larger tiles read less"
+
+
+def whole_tile(facts: Facts) -> PersistentTile:
+    """The tile with all of w in shared memory, for layers up to WHOLE_UP_TO."""
+    tiles = WHOLE | BLACKWELL_WHOLE if facts.generation == "blackwell" else WHOLE
+    return tiles[_power_of_two(max(facts.N, facts.K), 64, WHOLE_UP_TO)]
 
 
 def _backward(facts: Facts) -> tuple[Separate | Inside | Together, str]:

@@ -421,6 +421,12 @@ MUTATIONS = {
     "a plain layer: recompute keeps": Mutation(
         "fusedres/plain_layer.py", "not spec.recompute", "True", "test_module.py"
     ),
+    "a layer's backward: hidden from transforms": Mutation(
+        "fusedres/ops.py",
+        '@torch.library.impl(_LIBRARY, "layer_backward", "FuncTorchDynamicLayerFrontMode")',
+        "#",
+        "test_plain_layer.py",
+    ),
     "a layer's backward: a dropped row as another's": Mutation(
         "fusedres/ops.py", "else seeds[0])", "else seeds[0] + 1)", "test_plain_layer.py"
     ),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import product
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -147,6 +149,21 @@ def test_mistakes_are_told_as_ever(wrong, backend):
         assert str(found.value) == str(expected.value)
 
 
+def test_what_is_known_is_not_without_end(backend, monkeypatch):
+    monkeypatch.setattr(plain_layer, "_MOST", 3)
+    weight = torch.randn(6, 6)
+    for rows in range(1, 9):
+        functional.residual_linear(torch.randn(rows, 6), weight)
+    assert [facts[0][0] for facts in plain_layer._KNOWN] == [6, 7, 8], "the newest"
+
+
+def test_a_mistake_is_all_that_is_told(backend):
+    functional.residual_linear(torch.randn(3, 6), torch.randn(6, 6))
+    with pytest.raises(ValueError, match="in_features of weight") as found:
+        functional.residual_linear(torch.randn(3, 5), torch.randn(6, 6))
+    assert found.value.__context__ is None
+
+
 def test_sizes_are_known_apart(backend):
     for shape in ((6, 6), (4, 6), (5, 6), (5, 7)):
         for rows in (1, 3, 300):
@@ -211,6 +228,50 @@ def test_a_batch_of_gradients(case, backend, device):
     for found in (older, torch.func.vmap(pull)(g)):
         for ours, theirs in zip(found, expected, strict=True):
             assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@every_layer
+@pytest.mark.parametrize("transform", ["grad", "vjp", "vmap of grad", "jacrev"])
+def test_transforms_of_a_gradient(case, transform, backend, device):
+    """torch.func around a backward whose forward was outside."""
+    tensors = replace(case, dtype=torch.float64).tensors(device)
+    values = list(tensors.values())
+
+    def of(layer: Any) -> Any:
+        torch.manual_seed(1)
+        y = layer(**tensors, **case.options(), **case.numbers())
+        torch.manual_seed(2)
+        g = torch.randn(2, *y.shape, dtype=y.dtype)
+
+        def total(v: Tensor) -> Tensor:
+            found = torch.autograd.grad(y, values, v, retain_graph=True, create_graph=True)
+            return sum((t * torch.linspace(-1, 1, t.numel()).reshape(t.shape)).sum() for t in found)
+
+        if transform == "grad":
+            return torch.func.grad(total)(g[0])
+        if transform == "vjp":
+            return torch.func.vjp(total, g[0])[1](torch.ones((), dtype=y.dtype))[0]
+        if transform == "jacrev":
+            return torch.func.jacrev(total)(g[0])
+        return torch.func.vmap(torch.func.grad(total))(g)
+
+    assert_close(of(functional.residual_linear), of(reference.residual_linear), rtol=1e-6, atol=1e-8)
+
+
+def test_compiled_autograd_runs_it(backend):
+    from torch._dynamo import compiled_autograd
+
+    layer, x, residual = FusedResidualLinear(6), torch.randn(3, 6), torch.randn(3, 6, requires_grad=True)
+    tensors = [residual, *layer.parameters()]
+    g = torch.randn(3, 6)
+    expected = torch.autograd.grad(layer(x, residual), tensors, g)
+    y = layer(x, residual)
+    with warnings.catch_warnings(), compiled_autograd._enable(torch.compile(backend="eager")):
+        warnings.simplefilter("ignore")  # that it cannot look inside
+        y.backward(g)
+    for found, theirs in zip(tensors, expected, strict=True):
+        assert torch.equal(found.grad, theirs)
+    torch._dynamo.reset()
 
 
 @every_layer

@@ -17,7 +17,7 @@ from examine import Finding, Job, Workers, examined
 from integers import HAS_GPU
 from timing import Quartiles
 
-from fusedres import launch, measured, plans
+from fusedres import dispatch, launch, measured, plans
 from fusedres.dispatch import Triton
 from fusedres.kernels.config import Elementwise, Plan, Separate, Tile, Together
 from fusedres.kernels.spec import LayerSpec, Operands
@@ -30,7 +30,7 @@ MODE = "bf16" if HAS_GPU else "fp16"  # the interpreter is wrong in bf16
 
 def facts_of(width: int, mode: str = MODE, is_skinny: bool = False, capability: int = 90) -> plans.Facts:
     dtype, precision = MODES[mode]
-    is_described = capability >= 90 and width * dtype.itemsize % 16 == 0
+    is_described = dispatch.generation_of("cuda", capability) in plans.DESCRIBING and width * dtype.itemsize % 16 == 0
     place = ("identity", "cuda", capability, "", is_skinny, False, is_described, True, "plain")
     return plans.Facts(width, width, dtype, precision, *place)
 
@@ -48,7 +48,7 @@ def _forgotten():
 # ------------------------------------------------------------------------------------------------ candidates
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 @pytest.mark.parametrize("is_skinny", [False, True], ids=["many", "few"])
 @pytest.mark.parametrize("mode", MODES)
 def test_candidates_begin_with_the_heuristics_choice(mode, is_skinny, capability):

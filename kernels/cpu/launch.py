@@ -1,4 +1,6 @@
-"""Launchers of the CPU engine: one layer, as a network of one, and whole networks. No autograd, no checks.
+"""Launchers of the CPU engine: one layer, as a network of one, and whole networks. No checks.
+
+`layer` and `run` make a node in autograd's graph where something requires a gradient, the others none.
 
     x [..., K]   residual [..., N]   y, g [..., N]      kept: bytes that forward leaves for backward; empty for nothing
 
@@ -53,7 +55,7 @@ def forward(operands: Operands, spec: LayerSpec, way: int, keep: bool) -> tuple[
 
 
 def layer(
-    plan: Tensor,
+    planned: Tensor,
     way: int,
     x: Tensor,
     weight: Tensor,
@@ -63,13 +65,13 @@ def layer(
     seed: Tensor | None,
     more: Sequence[Tensor],
 ) -> Tensor:
-    """y, with its node in autograd's graph where something requires a gradient.
+    """y of a layer that is planned, with its node in autograd's graph where something requires a gradient.
 
     more: projection_weight, projection_bias, skip_scale and branch_scale, as far as there are any.
     """
     if keep and seed is None and not more:
-        return _engine.layer(plan, way, x, weight, bias, residual)  # each argument costs its conversion
-    return _engine.layer(plan, way, x, weight, bias, residual, keep, None if seed is None else seed.view(1), more)
+        return _engine.layer(planned, way, x, weight, bias, residual)  # each argument costs its conversion
+    return _engine.layer(planned, way, x, weight, bias, residual, keep, None if seed is None else seed.view(1), more)
 
 
 def backward(

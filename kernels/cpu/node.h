@@ -110,17 +110,17 @@ class ResidualNetwork : public torch::autograd::Function<ResidualNetwork> {
                                            const Tensor &plan, c10::ArrayRef<bool> wanted, int64_t handle,
                                            bool sees_numbers, int64_t watch) {
         c10::List<bool> wishes(wanted);
+        const c10::List<Tensor> own(parameters);
         const auto [codes, numbers] = encoded(plan);
-        std::vector<c10::IValue> stack{g, x, c10::List<Tensor>(parameters), seeds, codes, numbers};
         const char *name = "fusedres::layer_backward";
+        std::vector<c10::IValue> stack;
         if (handle == ONE_LAYER) {
-            stack.insert(stack.begin() + 2, c10::IValue(residual));
-            stack.emplace_back(wishes);
+            stack = {g, x, residual, own, seeds, codes, numbers, wishes};
         } else {
-            wishes.erase(wishes.begin() + 1);
-            stack.insert(stack.end(), {watch, wishes});
-            if (sees_numbers) stack.emplace_back(handle);
             name = sees_numbers ? "fusedres::differentiable_backward" : "fusedres::residual_network_backward";
+            wishes.erase(wishes.begin() + 1);  // it takes no residual
+            stack = {g, x, own, seeds, codes, numbers, watch, wishes};
+            if (sees_numbers) stack.emplace_back(handle);
         }
         c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(stack);
         const c10::List<Tensor> some = stack.at(0).toTensorList();
