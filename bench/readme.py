@@ -16,6 +16,7 @@ BEGIN, END = "<!-- written by python bench/report.py --readme -->", "<!-- writte
 CONTESTS = {"cpu.json": "cpu", "cuda.json": "cuda"}  # where there are results of these, and the word that selects them
 TRITONS = "Triton's"  # way of launching
 FAMILIES = {"layer": "layers by themselves", "stack": "stacks of equal layers", "mlp": "MLP blocks of two layers"}
+CALLED = ("x + gelu(z)", "relu(x + z)", "relu(z)")  # the layers of overhead.py
 
 Line = tuple[str, str, str]  # what, figure, by
 
@@ -27,6 +28,7 @@ def block() -> str:
         first_call(),
         stacked(),
         *families(),
+        calls(),
         launches(),
         laplacian(),
         recording(),
@@ -177,6 +179,23 @@ def _ratios_of(rows: list[dict[str, Any]]) -> str:
         of = [row.get("stacked", row["fused"])["over_best_compile"] for row in rows if row["pass"] == kind]
         figures += [f"{words} {between(of)}"] if of else []
     return f"{', '.join(figures)} times as fast as the better of both modes"
+
+
+def calls() -> Line:
+    """Layers too small for anything but their calls to count."""
+    layers = _results("overhead-cpu.json")["milliseconds"]
+
+    def over(name: str, kind: str) -> str:
+        found = [times[kind] for title, times in layers.items() if title.startswith(f"{name} [")]
+        return between([ways["eager"]["median"] / ways["fusedres"]["median"] for ways in found])
+
+    figures = [f"{name} {over(name, 'forward')} and {over(name, 'training')}" for name in CALLED]
+    return (
+        "one layer of 1 to 64 rows and width 16 to 128, called by itself on one thread, forward and forward + backward "
+        "against eager on the same CPU",
+        f"{'; '.join(figures)} times as fast",
+        _by("python bench/overhead.py --device cpu", "overhead-cpu.json"),
+    )
 
 
 def launches() -> Line:
