@@ -67,11 +67,11 @@ class Triton:
 
 
 def generation_of(target: str, capability: int) -> str:
-    """Which tiles are a chip's: hip, interpreter, or of NVIDIA's ampere, hopper or blackwell.
+    """Which tiles are a chip's: hip, interpreter, or of NVIDIA's, interpreted ones too: ampere, hopper, blackwell.
 
     ampere is whatever gives a program 99 KiB of shared memory and multiplies warp by warp: 8.x, and 12.x too.
     """
-    if target != "cuda":
+    if target == "hip" or capability == 0:
         return target
     if 90 <= capability < 100:
         return "hopper"

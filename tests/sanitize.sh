@@ -14,7 +14,7 @@ if [ $# = 0 ]; then
     set -- -n 2 -k "(cpu and not forked and not triton and not compiled) or $network or $smooth" tests/test_cpu.py \
         tests/test_layer.py tests/test_exact.py tests/test_anything.py tests/test_network.py \
         tests/test_network_autograd.py tests/test_smooth.py tests/test_stack_changes.py tests/test_recording.py \
-        tests/test_residual.py
+        tests/test_residual.py tests/test_plain_layer.py
 fi
 
 read -r library _ < <("$PYTHON" -m fusedres build)
