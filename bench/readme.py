@@ -16,7 +16,6 @@ BEGIN, END = "<!-- written by python bench/report.py --readme -->", "<!-- writte
 CONTESTS = {"cpu.json": "cpu", "cuda.json": "cuda"}  # where there are results of these, and the word that selects them
 TRITONS = "Triton's"  # way of launching
 FAMILIES = {"layer": "layers by themselves", "stack": "stacks of equal layers", "mlp": "MLP blocks of two layers"}
-CALLED = ("x + gelu(z)", "relu(x + z)", "relu(z)")  # the layers of overhead.py
 
 Line = tuple[str, str, str]  # what, figure, by
 
@@ -189,7 +188,8 @@ def calls() -> Line:
         found = [times[kind] for title, times in layers.items() if title.startswith(f"{name} [")]
         return between([ways["eager"]["median"] / ways["fusedres"]["median"] for ways in found])
 
-    figures = [f"{name} {over(name, 'forward')} and {over(name, 'training')}" for name in CALLED]
+    names = dict.fromkeys(title.partition(" [")[0] for title in layers if "stubbed" not in title)
+    figures = [f"{name} {over(name, 'forward')} and {over(name, 'training')}" for name in names]
     return (
         "one layer of 1 to 64 rows and width 16 to 128, called by itself on one thread, forward and forward + backward "
         "against eager on the same CPU",

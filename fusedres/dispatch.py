@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -61,7 +61,7 @@ class Triton:
     gpu: str = ""
     trusts_registers: bool = True  # products may read an operand from registers (`assembler.py`)
 
-    @property
+    @cached_property
     def generation(self) -> str:
         return generation_of(self.target, self.capability)
 
@@ -305,7 +305,8 @@ def stack_tiles(
         return tile._replace(BLOCK_M=rows, stages=tile.stages if has_room else 1)
 
     fewer = 2 if is_ragged and width == 128 else 1
-    forward, backward = (_STACKS | _BLACKWELL_STACKS if generation == "blackwell" else _STACKS)[kind, width]
+    own = _BLACKWELL_STACKS.get((kind, width)) if generation == "blackwell" else None
+    forward, backward = own or _STACKS[kind, width]
     return StackTiles(fitted(forward, fewer), fitted(backward, 4 if generation == "hip" else fewer))
 
 
