@@ -4,6 +4,7 @@ from . import functional, reference
 from .dispatch import batch_invariant, eager
 from .explanation import explain
 from .gradients import GradientComparison, GradientProfile, compare_gradients, gradient_profile
+from .mlp import FusedResidualMLP
 from .modules import FusedResidualLinear
 from .network import Network
 from .residual import Residual
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FusedResidualLinear",
+    "FusedResidualMLP",
     "FusedResidualStack",
     "GradientComparison",
     "GradientProfile",

@@ -125,6 +125,12 @@ def layer_spec(
     )
 
 
+def dropout(p: float) -> None:
+    """Raises TypeError, ValueError for anything but a probability below one."""
+    if not 0 <= _number("dropout", p) < 1:
+        raise ValueError(f"dropout must be a probability in [0, 1), got {p}")
+
+
 def _check_drop_path(drop_path: float) -> None:
     if not 0 <= _number("drop_path", drop_path) < 1:
         raise ValueError(f"drop_path must be a probability in [0, 1), got {drop_path}")

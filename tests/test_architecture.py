@@ -50,6 +50,7 @@ ARROWS = {
     },
     "residual": {"checks", "functional"},
     "modules": {"checks", "functional"},
+    "mlp": {"checks", "functional", "modules"},
     "network": {
         "kernels",
         "dispatch",
@@ -88,6 +89,7 @@ ARROWS = {
         "dispatch",
         "explanation",
         "gradients",
+        "mlp",
         "modules",
         "network",
         "residual",
