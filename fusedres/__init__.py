@@ -3,6 +3,7 @@
 from . import functional, reference
 from .dispatch import batch_invariant, eager
 from .explanation import explain
+from .fusing import FuseReport, fuse_, unfuse_
 from .gradients import GradientComparison, GradientProfile, compare_gradients, gradient_profile
 from .mlp import FusedResidualMLP
 from .modules import FusedResidualLinear
@@ -14,6 +15,7 @@ from .warming import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "FuseReport",
     "FusedResidualLinear",
     "FusedResidualMLP",
     "FusedResidualStack",
@@ -26,7 +28,9 @@ __all__ = [
     "eager",
     "explain",
     "functional",
+    "fuse_",
     "gradient_profile",
     "reference",
+    "unfuse_",
     "warmup",
 ]

@@ -208,8 +208,20 @@ def _uncompiled() -> AbstractContextManager[object]:
 
 
 def _entering(name: str) -> Callable[..., None]:
-    return lambda *_: _names.append(name.removeprefix("_orig_mod."))
+    def enter(*_: object) -> None:
+        _names.append(name.removeprefix("_orig_mod."))
+
+    return _only_looking(enter)
 
 
 def _leaving(*_: object) -> None:
     _names.pop()
+
+
+def _only_looking(hook: Callable[..., None]) -> Callable[..., None]:
+    """Marked as a hook for which nobody has to do anything otherwise."""
+    hook.__dict__["is_explains"] = True
+    return hook
+
+
+_only_looking(_leaving)

@@ -51,6 +51,7 @@ ARROWS = {
     "residual": {"checks", "functional"},
     "modules": {"checks", "functional"},
     "mlp": {"checks", "functional", "modules"},
+    "fusing": {"kernels", "explanation", "functional", "reference", "modules", "mlp", "stack"},
     "network": {
         "kernels",
         "dispatch",
@@ -88,6 +89,7 @@ ARROWS = {
         "reference",
         "dispatch",
         "explanation",
+        "fusing",
         "gradients",
         "mlp",
         "modules",

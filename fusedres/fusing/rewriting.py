@@ -1,0 +1,73 @@
+"""A captured graph with the layers that were found in it as calls of the fused layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from .patterns import Match, Shape, ShapeOf
+
+
+def without_idle_dropout(graph: Graph) -> None:
+    """Dropout that drops nothing stands in nobody's way."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in (F.dropout, torch.dropout):
+            names = ("input", "p", "training" if node.target is F.dropout else "train", "inplace")
+            given = {"p": 0.5, "training": True} | dict(zip(names, node.args, strict=False)) | node.kwargs
+            trains = given.get("train", given["training"])
+            if (trains is False or given["p"] == 0) and isinstance(given["input"], Node):
+                node.replace_all_uses_with(given["input"])
+                graph.erase_node(node)
+
+
+def rewrite(graph: Graph, matches: list[Match], layer: Callable[..., Any], shape_of: ShapeOf, *more: Any) -> None:
+    """Every match becomes layer(x, weight, bias, residual, P, p, λ, a, options, …); `more` are last arguments."""
+    made: dict[Node, Node] = {}
+    for i, match in enumerate(matches):
+        operands = (
+            match.x, match.weight, match.bias, match.residual, match.projection_weight, match.projection_bias,
+            match.skip_scale, match.branch_scale,
+        )  # fmt: skip
+        *tensors, skip_scale, branch_scale = (made.get(one, one) for one in operands)  # type: ignore[arg-type]
+        with graph.inserting_before(match.end):
+            scales = [_as_scale(graph, one, shape_of) for one in (skip_scale, branch_scale)]
+            y = graph.call_function(layer, (*tensors, *scales, options(match), *(one[i] for one in more)))
+            y.meta.update(match.end.meta)
+        made[match.end] = y
+        match.end.replace_all_uses_with(y)
+        for node in sorted(match.inside, reverse=True):
+            graph.erase_node(node)
+
+
+def options(match: Match) -> tuple[Any, ...]:
+    """Those of `functional.layer`, in its order."""
+    is_tanh = match.activation == "gelu_tanh"
+    skip = "auto" if match.skip in ("residual", "projection") else None if match.skip == "none" else match.skip
+    return (
+        "gelu" if is_tanh else match.activation,
+        "tanh" if is_tanh else "none",
+        match.order,
+        skip,
+        0.0,
+        False,
+        False,
+    )
+
+
+def _as_scale(graph: Graph, scale: float | Node, shape_of: ShapeOf) -> Any:
+    """A learned scale [1] as []; else what it is."""
+    if isinstance(scale, Node) and shape_of(scale) == (1,):
+        return graph.call_method("reshape", (scale, ()))
+    return scale
+
+
+def shape_of_meta(node: Node) -> Shape | None:
+    """The shape that Dynamo noted of a node's value."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    if not isinstance(value, torch.Tensor) or not all(type(size) is int for size in value.shape):
+        return None
+    return tuple(value.shape)

@@ -1,0 +1,81 @@
+"""A module's class, and one of its own over it that runs rewritten forwards: the same object, parameters and names."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from .plans import Plans
+from .stand_ins import SCALARS
+
+PLANS = "_fused_plans"
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def is_fused(module: nn.Module) -> bool:
+    return PLANS in vars(module)
+
+
+def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class that computes what cls does, by the plans of each module. One for each class."""
+    if cls not in _CLASSES:
+        author = cls.forward
+
+        @functools.wraps(author)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or torch.jit.is_tracing():  # who sees the model as its author wrote it
+                return author(self, *args, **kwargs)
+            plan = vars(self)[PLANS].found(self, args, kwargs)
+            standing = None if plan is None else plan.standing()
+            if standing is None:
+                return author(self, *args, **kwargs)
+            given = [one for one in args if type(one) not in SCALARS]
+            if kwargs:
+                given += [one for one in kwargs.values() if type(one) not in SCALARS]
+            return plan.run(None, *given, *standing)
+
+        def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+            reduced: Any = super(_CLASSES[cls], self).__reduce_ex__(protocol)  # type: ignore[misc]
+            made, args, *rest = reduced
+            if made is not copyreg.__newobj__:  # type: ignore[attr-defined]
+                return (made, args, *rest)
+            return (_remade, (cls, *args[1:]), *rest)
+
+        own = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "__reduce_ex__": __reduce_ex__,
+            "forward": forward,
+            "fused_from": cls,
+        }
+        _CLASSES[cls] = type(cls)(cls.__name__, (cls,), own)  # type: ignore[misc]
+    return _CLASSES[cls]
+
+
+def _remade(cls: type[nn.Module], *args: Any) -> nn.Module:
+    """A copied or loaded module, before it is filled."""
+    module = cls.__new__(cls, *args)
+    module.__class__ = fused_class(cls)
+    return module
+
+
+def swap(module: nn.Module, plans: Plans) -> None:
+    vars(module)[PLANS] = plans
+    module.__class__ = fused_class(type(module))
+
+
+def swap_back(module: nn.Module) -> None:
+    """Raises RuntimeError where somebody else has given it another class since."""
+    cls = type(module)
+    if "fused_from" not in vars(cls):
+        raise RuntimeError(
+            f"{cls.__name__} was fused and has been given another class since, {cls.__module__}.{cls.__qualname__}, "
+            "as sharding and parametrizing do: undo that first, or fuse the model before"
+        )
+    module.__class__ = cls.fused_from  # type: ignore[attr-defined]
+    del vars(module)[PLANS]
