@@ -99,6 +99,8 @@ class Explanation(tuple[Call, ...]):
         return "\n".join(map(str, self)) or "no fused call was made"
 
 
+# who knows of calls that compiled functions make: (function, its arguments) -> notes of them
+listers: list[Callable[[Callable[..., object], tuple[object, ...], dict[str, object]], None]] = []
 _listener: list[Call] | None = None
 _names: list[str] = []  # of the modules that a call is inside of, innermost last
 
@@ -176,28 +178,40 @@ def explain(module_or_call: Callable[..., object], *args: Tensor, **kwargs: obje
     """
     global _listener
     calls: list[Call] = []
-    hooks, buffers = [], []
-    if isinstance(module_or_call, nn.Module):
-        for name, module in module_or_call.named_modules():
-            hooks.append(module.register_forward_pre_hook(_entering(name)))
-            hooks.append(module.register_forward_hook(_leaving))
-        buffers = [(buffer, buffer.clone()) for buffer in module_or_call.buffers()]
+    is_module = isinstance(module_or_call, nn.Module)
+    buffers = [(buffer, buffer.clone()) for buffer in module_or_call.buffers()] if is_module else []
     devices = {value.device for value in args if isinstance(value, Tensor) and value.is_cuda}
     before, _listener = _listener, calls
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices), _uncompiled():
-            module_or_call(*args, **kwargs)
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            with _uncompiled(), _naming(module_or_call):
+                module_or_call(*args, **kwargs)
+            for lister in listers:
+                lister(module_or_call, args, kwargs)
     finally:
         _listener = before
-        _names.clear()
-        for hook in hooks:
-            hook.remove()
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
     explanation = Explanation(calls)
     print(explanation)
     return explanation
+
+
+@contextmanager
+def _naming(module_or_call: Callable[..., object]) -> Iterator[None]:
+    """Within it calls are known by the module that they are made in."""
+    hooks = []
+    if isinstance(module_or_call, nn.Module):
+        for name, module in module_or_call.named_modules():
+            hooks.append(module.register_forward_pre_hook(_entering(name)))
+            hooks.append(module.register_forward_hook(_leaving))
+    try:
+        yield
+    finally:
+        _names.clear()
+        for hook in hooks:
+            hook.remove()
 
 
 def _uncompiled() -> AbstractContextManager[object]:

@@ -34,7 +34,7 @@ ARROWS = {
     "residual_launch": {"kernels", "dispatch", "residual_dispatch"},
     "residual_ops": {"kernels", "dispatch", "reference", "ops", "residual_dispatch", "residual_launch"},
     "explanation": {"kernels", "dispatch", "plans"},
-    "plain_layer": {"kernels", "philox", "checks", "dispatch", "explanation"},
+    "plain_layer": {"kernels", "philox", "checks", "dispatch", "ops", "explanation"},
     "functional": {
         "plain_layer",
         "kernels",
@@ -51,7 +51,18 @@ ARROWS = {
     "residual": {"checks", "functional"},
     "modules": {"checks", "functional"},
     "mlp": {"checks", "functional", "modules"},
-    "fusing": {"kernels", "explanation", "functional", "reference", "modules", "mlp", "stack"},
+    "fusing": {
+        "kernels",
+        "checks",
+        "dispatch",
+        "ops",
+        "explanation",
+        "functional",
+        "reference",
+        "modules",
+        "mlp",
+        "stack",
+    },
     "network": {
         "kernels",
         "dispatch",

@@ -11,7 +11,8 @@ from torch.fx import Graph, Node, Proxy
 
 from . import calls
 from .layers import layers_of, owner, shapes_of, why_not
-from .rewriting import rewrite
+from .patterns import Match
+from .rewriting import options, rewrite
 from .stand_ins import SCALARS, Untraceable
 from .watch import Watch
 
@@ -49,8 +50,16 @@ class Plan:
         self.linears = {layer.name for layer in self.layers} | {owner(one) or "" for one in projections}
         self.run: Callable[..., Any] | None = None  # (None, what is given, what stands)
         if self.matches:
-            rewrite(self.trace.graph, self.matches, calls.layer, shape_of, [layer.name for layer in self.layers])
-            self.run, self.places = _function(self.trace.graph, module)
+            graph, names = (
+                self.trace.graph,
+                {match: layer.name for match, layer in zip(self.matches, self.layers, strict=True)},
+            )
+
+            def put(match: Match, tensors: tuple[Any, ...], scales: tuple[Any, ...]) -> Node:
+                return graph.call_function(calls.layer, (*tensors, *scales, options(match), names[match]))
+
+            rewrite(graph, self.matches, shape_of, put)
+            self.run, self.places = _function(graph, module)
 
     def standing(self) -> list[Any] | None:
         """The parameters and the called children, where they stand now; None where one stands there no more."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from .patterns import Match, Shape, ShapeOf
+from .patterns import Match, ShapeOf
 
 
 def without_idle_dropout(graph: Graph) -> None:
@@ -24,18 +24,18 @@ def without_idle_dropout(graph: Graph) -> None:
                 graph.erase_node(node)
 
 
-def rewrite(graph: Graph, matches: list[Match], layer: Callable[..., Any], shape_of: ShapeOf, *more: Any) -> None:
-    """Every match becomes layer(x, weight, bias, residual, P, p, λ, a, options, …); `more` are last arguments."""
+def rewrite(graph: Graph, matches: list[Match], shape_of: ShapeOf, put: Callable[..., Node]) -> None:
+    """Every match becomes the node that put(match, (x, weight, bias, residual, P, p), (λ, a)) makes where y is."""
     made: dict[Node, Node] = {}
-    for i, match in enumerate(matches):
+    for match in matches:
         operands = (
             match.x, match.weight, match.bias, match.residual, match.projection_weight, match.projection_bias,
             match.skip_scale, match.branch_scale,
         )  # fmt: skip
         *tensors, skip_scale, branch_scale = (made.get(one, one) for one in operands)  # type: ignore[arg-type]
         with graph.inserting_before(match.end):
-            scales = [_as_scale(graph, one, shape_of) for one in (skip_scale, branch_scale)]
-            y = graph.call_function(layer, (*tensors, *scales, options(match), *(one[i] for one in more)))
+            scales = tuple(_as_scale(graph, one, shape_of) for one in (skip_scale, branch_scale))
+            y = put(match, tuple(tensors), scales)
             y.meta.update(match.end.meta)
         made[match.end] = y
         match.end.replace_all_uses_with(y)
@@ -63,11 +63,3 @@ def _as_scale(graph: Graph, scale: float | Node, shape_of: ShapeOf) -> Any:
     if isinstance(scale, Node) and shape_of(scale) == (1,):
         return graph.call_method("reshape", (scale, ()))
     return scale
-
-
-def shape_of_meta(node: Node) -> Shape | None:
-    """The shape that Dynamo noted of a node's value."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    if not isinstance(value, torch.Tensor) or not all(type(size) is int for size in value.shape):
-        return None
-    return tuple(value.shape)
