@@ -178,8 +178,8 @@ def explain(module_or_call: Callable[..., object], *args: Tensor, **kwargs: obje
     """
     global _listener
     calls: list[Call] = []
-    is_module = isinstance(module_or_call, nn.Module)
-    buffers = [(buffer, buffer.clone()) for buffer in module_or_call.buffers()] if is_module else []
+    held = module_or_call.buffers() if isinstance(module_or_call, nn.Module) else ()
+    buffers = [(buffer, buffer.clone()) for buffer in held]
     devices = {value.device for value in args if isinstance(value, Tensor) and value.is_cuda}
     before, _listener = _listener, calls
     try:

@@ -77,6 +77,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         assert launches, "the C++ engine did not run: this test has proved nothing of it"
 
 
+@pytest.fixture
+def launches(engine: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the C++ engine's launchers, as they are called."""
+    return count_launches(monkeypatch)
+
+
 def require_engine() -> None:
     """Skips where this machine has no C++ compiler, and fails where it has one and yet no engine."""
     if reason := native.missing():

@@ -11,7 +11,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -102,8 +102,13 @@ def layers_of(module: GraphModule) -> list[Layer]:
     names = {str(getattr(node.target, "__name__", "")) for node in module.graph.nodes}
     if names & _AUTOCAST or dispatch.is_any_autocast_enabled():  # the operator does not cast
         return []
-    found = [_described(match) for match in find(module.graph, _shape)]
-    return [layer for layer in found if layer is not None]
+    described: dict[Match, Layer | None] = {}
+
+    def admits(match: Match) -> bool:
+        described[match] = _described(match)
+        return described[match] is not None
+
+    return [cast(Layer, described[match]) for match in find(module.graph, _shape, admits)]
 
 
 def _value(one: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ def layers_of(
     def found(only: set[str] | None = None) -> tuple[Trace, list[patterns.Match]]:
         traced = trace(module, args, kwargs, only)
         without_idle_dropout(traced.graph)
-        return traced, [match for match in patterns.find(traced.graph, shape_of) if _is_allowed(match, module)]
+        return traced, patterns.find(traced.graph, shape_of, partial(_is_allowed, module=module))
 
     whole, matches = found()
     if not matches or not (takes_childrens or any(map(_is_own, matches))):

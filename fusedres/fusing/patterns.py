@@ -89,8 +89,8 @@ def is_linear(node: Node) -> bool:
     return node.op == "call_function" and node.target is F.linear
 
 
-def find(graph: Graph, shape_of: ShapeOf) -> list[Match]:
-    """The layers of a graph, none overlapping another, in its order."""
+def find(graph: Graph, shape_of: ShapeOf, admits: Callable[[Match], bool]) -> list[Match]:
+    """The layers of a graph, none overlapping another, in its order: of each the longest that the caller admits."""
     place = {node: i for i, node in enumerate(graph.nodes)}
     linears = [node for node in graph.nodes if is_linear(node) and node.users]
     starts = {node: activation_from(node) for node in linears}
@@ -101,14 +101,16 @@ def find(graph: Graph, shape_of: ShapeOf) -> list[Match]:
         for node in linears:
             if node in taken or (starts[node][0] != "none") != is_activated:
                 continue
-            match = _match(node, starts[node], shape_of, place)
+            match = _match(node, starts[node], shape_of, lambda one: admits(one) and _is_safe(one, place))
             if match is not None and not match.inside & taken:
                 found.append(match)
                 taken |= match.inside
     return sorted(found, key=lambda match: place[match.end])
 
 
-def _match(linear: Node, start: tuple[str, float, Node], shape_of: ShapeOf, place: dict[Node, int]) -> Match | None:
+def _match(
+    linear: Node, start: tuple[str, float, Node], shape_of: ShapeOf, admits: Callable[[Match], bool]
+) -> Match | None:
     """The longest layer that begins at this product, or None where it is no more than a product."""
     x, weight, bias = _arguments(linear)
     shape = shape_of(weight)
@@ -132,8 +134,7 @@ def _match(linear: Node, start: tuple[str, float, Node], shape_of: ShapeOf, plac
     for step in (_summed, _concatenated):
         if (longer := step(match, shape, shape_of)) is not None:
             candidates += [longer, *_activated(longer)]
-    safe = [one for one in candidates if _is_safe(one, place)]
-    return safe[-1] if safe else None
+    return next(filter(admits, reversed(candidates)), None)
 
 
 def _arguments(linear: Node) -> tuple[Node, Node, Node | None]:

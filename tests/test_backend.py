@@ -1,0 +1,216 @@
+"""torch.compile(model, backend="fusedres"): layers of a captured graph as operators, the rest as Inductor has it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+from blocks import WRITINGS, D, Written, agrees
+from torch import nn
+
+import fusedres
+from fusedres.fusing import backend as room
+
+pytestmark = pytest.mark.usefixtures("engine")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model, **options):
+    """The model compiled in place, and as it was."""
+    eager = deepcopy(model)
+    model.compile(backend="fusedres", fullgraph=True, **options)
+    return model, eager
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "function",
+        "mlp",
+        "learned",
+        "projection",
+        "post-scaled",
+        "concat",
+        "layer-scale",
+        "from-x",
+        "gelu-new",
+        "no-skip",
+    ],
+)
+def test_layers_run_as_operators_forward_and_backward(name, launches):
+    how, expected = WRITINGS[name]
+    model, eager = compiled(Written(how).eval())
+    x = torch.randn(5, D)
+    agrees(model, eager, x)
+    launches.clear()
+    model(x.requires_grad_()).sum().backward()
+    for kind in ("forward", "backward"):  # backward may launch a forward, and several of its own
+        assert launches.count(kind) >= len(expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), eager(x))
+
+
+@pytest.mark.slow
+def test_any_number_of_rows_is_compiled_once():
+    model, eager = compiled(nn.Sequential(*(Written(WRITINGS["mlp"][0]) for _ in range(2))), dynamic=True)
+    agrees(model, eager, torch.randn(3, 4, D))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (2, 7, 16):
+            agrees(model, eager, torch.randn(rows, 4, D))
+
+
+@pytest.mark.slow
+def test_dropout_between_leaves_the_sum_to_inductor(launches):
+    model, eager = compiled(Written(WRITINGS["mlp-dropout"][0]).train())
+    x = torch.randn(5, D)
+    torch.manual_seed(1)
+    ours = model(x)
+    assert launches.count("forward") == 1
+    assert ours.shape == eager(x).shape
+    model.eval(), eager.eval()
+    torch.testing.assert_close(model(x), eager(x))
+    assert launches.count("forward") == 3
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What Inductor is given: the graphs, run as they are."""
+    given = []
+
+    def taken(module, inputs, **options):
+        given.append(module)
+        return module.forward
+
+    monkeypatch.setattr(room, "_compiled", taken)
+    return given
+
+
+def fused_layers(graph):
+    return sum(node.target is torch.ops.fusedres.residual_linear.default for node in graph.graph.nodes)
+
+
+NOTHING = {
+    "convolutions": (lambda: nn.Sequential(nn.Conv1d(3, 3, 1), nn.ReLU()), (2, 3, 8), torch.float32),
+    "plain-product": (lambda: nn.Linear(D, D), (2, D), torch.float32),
+    "broadcast-residual": (lambda: Written(lambda m, x: x[:1] + torch.relu(m.fc(x))), (4, D), torch.float32),
+    "no-kernel-for-the-dtype": (lambda: Written(WRITINGS["function"][0]).half(), (2, D), torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_graph_with_nothing_to_fuse_falls_through_untouched(name, graphs, monkeypatch):
+    build, shape, dtype = NOTHING[name]
+    model, came = build(), []
+    whole = room.fusedres
+    monkeypatch.setattr(room, "_rewritten", lambda module: came.append(module) or REWRITTEN(module))
+    x = torch.randn(shape, dtype=dtype)
+    expected = model(x)
+    y = torch.compile(model, backend=whole, fullgraph=True)(x)
+    layers = [fused_layers(graph) for graph in graphs]
+    if name == "broadcast-residual":  # the activation is a layer, the sum is not
+        assert layers == [1]
+    else:
+        assert layers == [0]
+        assert graphs[0] is came[0]
+    torch.testing.assert_close(y, expected)
+
+
+REWRITTEN = room._rewritten
+
+
+def test_autocast_is_left_to_inductor(graphs):
+    model = Written(WRITINGS["function"][0])
+
+    def under_autocast(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    x = torch.randn(3, D)
+    torch.testing.assert_close(torch.compile(under_autocast, backend=room.fusedres)(x), under_autocast(x))
+    assert [fused_layers(graph) for graph in graphs] == [0]
+
+
+def branches(m, x):
+    return x + torch.relu(m.fc(x)) if x.sum() > 0 else x - torch.relu(m.fc(x))
+
+
+def test_a_branch_by_data_breaks_the_graph_and_nothing_else(graphs):
+    model = Written(branches)
+    eager = deepcopy(model)
+    model.compile(backend=room.fusedres)
+    for x in (torch.ones(3, D), -torch.ones(3, D)):
+        agrees(model, eager, x)
+    assert sum(map(fused_layers, graphs)) == 2
+
+
+def test_where_compiling_with_layers_fails_the_graph_is_compiled_as_written(monkeypatch):
+    def fails_with_layers(module, inputs, **options):
+        if fused_layers(module):
+            raise RuntimeError("no such instruction")
+        return module.forward
+
+    monkeypatch.setattr(room, "_compiled", fails_with_layers)
+    model, eager = compiled(Written(WRITINGS["mlp"][0]))
+    x = torch.randn(3, D)
+    words = "compiling with 2 fused layers failed, the graph is compiled as it was written: RuntimeError: no such instr"
+    with pytest.warns(RuntimeWarning, match=words):
+        y = model(x)
+    assert torch.equal(y, eager(x))
+
+
+def test_where_looking_for_layers_fails_the_graph_is_compiled_as_written(monkeypatch, graphs):
+    monkeypatch.setattr(room, "find", lambda *_: 1 / 0)
+    model, eager = compiled(Written(WRITINGS["mlp"][0]))
+    x = torch.randn(3, D)
+    with pytest.warns(RuntimeWarning, match="looking for layers failed, .* ZeroDivisionError"):
+        y = model(x)
+    assert torch.equal(y, eager(x))
+    assert [fused_layers(graph) for graph in graphs] == [0]
+
+
+@pytest.mark.slow
+def test_torch_finds_the_backend_by_its_name():
+    """In a process that has not imported fusedres; options are Inductor's."""
+    code = (
+        "import torch; m = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU()); x = torch.randn(3, 8);"
+        "y = torch.compile(m, backend='fusedres', options={'epilogue-fusion': True})(x);"
+        "torch.testing.assert_close(y, m(x)); import sys; print('fusedres.fusing.backend' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.strip() == "True", found.stderr
+    assert "fusedres" in torch._dynamo.list_backends()
+
+
+def test_explain_lists_the_layers(graphs):
+    model = nn.Sequential(Written(WRITINGS["mlp"][0]), nn.Linear(D, 2))
+    x = torch.randn(3, D)
+    for call in (torch.compile(model, backend="fusedres"), torch.compile(lambda x: model(x), backend="fusedres")):
+        calls = fusedres.explain(call, x)
+        assert [(one.name, one.backend, one.spec.skip) for one in calls] == [
+            ("0.fc1", "native", "none"),
+            ("0.fc2", "native", "residual"),
+        ]
+    assert not fusedres.explain(torch.compile(model, backend="eager"), x)
+    assert not fusedres.explain(model, x)
+
+
+def test_a_network_in_eager_mode_is_not_changed_by_compiling_it(graphs):
+    model = Written(WRITINGS["mlp"][0])
+    x = torch.randn(3, D)
+    expected, other = model(x), torch.compile(model, backend="fusedres")
+    before = [(type(part), dict(vars(part))) for part in model.modules()]
+    other(x)
+    for part, (kind, attributes) in zip(model.modules(), before, strict=True):
+        assert type(part) is kind
+        assert {n: v for n, v in vars(part).items() if v is not attributes.get(n, vars)} == {}
+    assert torch.equal(model(x), expected)
