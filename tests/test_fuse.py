@@ -231,3 +231,24 @@ def test_autocast(dtype, device):
 def test_no_module(call, backend):
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
         call(lambda x: x)
+
+
+def test_attributes_that_are_no_numbers_are_watched_too(device):
+    """A function, an object, one that was the class's until now."""
+
+    class Attributes(nn.Module):
+        gain = 1.0
+
+        def __init__(self):
+            super().__init__()
+            self.fc, self.phi = nn.Linear(D, D), torch.relu
+
+        def forward(self, x):
+            return x + self.gain * self.phi(self.fc(x))
+
+    fused, eager, report = pair(Attributes().to(device))
+    assert formulas(report) == ["x + relu(x Wᵀ + b)"]
+    x = torch.randn(3, D, device=device)
+    for name, value in (("phi", torch.tanh), ("gain", 3.0), ("phi", lambda z: z * z), ("gain", 1.0)):
+        setattr(fused, name, value), setattr(eager, name, value)
+        torch.testing.assert_close(fused(x), eager(x))

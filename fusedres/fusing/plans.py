@@ -50,10 +50,8 @@ class Plan:
         self.linears = {layer.name for layer in self.layers} | {owner(one) or "" for one in projections}
         self.run: Callable[..., Any] | None = None  # (None, what is given, what stands)
         if self.matches:
-            graph, names = (
-                self.trace.graph,
-                {match: layer.name for match, layer in zip(self.matches, self.layers, strict=True)},
-            )
+            graph = self.trace.graph
+            names = {match: layer.name for match, layer in zip(self.matches, self.layers, strict=True)}
 
             def put(match: Match, tensors: tuple[Any, ...], scales: tuple[Any, ...]) -> Node:
                 return graph.call_function(calls.layer, (*tensors, *scales, options(match), names[match]))
@@ -169,7 +167,7 @@ class Plans:
     @staticmethod
     def _kind_of(watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         named = tuple([(name, kind(one)) for name, one in kwargs.items()]) if kwargs else ()
-        return tuple([kind(one) for one in args]), named, watch.facts()
+        return tuple([kind(one) for one in args]), named, watch.options()
 
 
 def _fresh(takes_childrens: bool) -> Plans:

@@ -12,7 +12,7 @@ from torch import nn
 from .plans import Plans
 from .stand_ins import SCALARS
 
-PLANS = "_fused_plans"
+PLANS = "_fused_plans"  # the attribute by which a fused module has them
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
