@@ -109,6 +109,11 @@ def is_listening() -> bool:
     return _listener is not None
 
 
+def _tell(call: Call) -> None:
+    if _listener is not None:
+        _listener.append(call)
+
+
 def note(
     choice: Eager | Triton | Native,
     operands: Operands,
@@ -125,7 +130,7 @@ def note(
         tiles, because = plans.explained(operands, spec, by_kernels, dtype)
     elif isinstance(choice, Native):
         way = cast(Way, dispatch.layer_way(operands, spec, dtype))
-    _listener.append(
+    _tell(
         Call(
             _name(), M, N, K, dtype, spec, choice, tiles, because,
             in_training=None if type(in_training) is type(choice) else in_training,
@@ -138,23 +143,21 @@ def note_residual(choice: Eager | Triton | Native, x: Tensor, spec: LayerSpec) -
     """Tell the listener about the sum that ends a residual block."""
     last = x.shape[-1] if x.dim() else 1
     M = x.shape[:-1].numel()
-    _listener.append(Call(_name(), M, last, last, x.dtype, spec, choice, shape=tuple(x.shape)))
+    _tell(Call(_name(), M, last, last, x.dtype, spec, choice, shape=tuple(x.shape)))
 
 
 def note_network(choice: Eager | Triton | Native, x: Tensor, spec: NetworkSpec, way: Way | None, keeps: bool) -> None:
     """Tell the listener about one call of a whole network."""
     K, N = spec.widths[0], spec.widths[-1]
     M = x.shape[:-1].numel()
-    _listener.append(
-        Call(_name(), M, N, K, x.dtype, spec, choice, way=way, keeps=keeps, threads=torch.get_num_threads())
-    )
+    _tell(Call(_name(), M, N, K, x.dtype, spec, choice, way=way, keeps=keeps, threads=torch.get_num_threads()))
 
 
 def note_run(choice: Triton, x: Tensor, spec: NetworkSpec, tiles: StackTiles, recompute: bool | str) -> None:
     """Tell the listener about one call of a run of layers."""
     d, M = spec.widths[0], x.shape[:-1].numel()
     keeps = dispatch.stack_keeps(len(spec.layers), M, d, x.dtype, recompute) == 1
-    _listener.append(Call(_name(), M, d, d, x.dtype, spec, choice, tiles, keeps=keeps))
+    _tell(Call(_name(), M, d, d, x.dtype, spec, choice, tiles, keeps=keeps))
 
 
 @contextmanager
@@ -218,7 +221,8 @@ def _uncompiled() -> AbstractContextManager[object]:
     """Compiled functions run as they were written: what they would choose can then be noted."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _entering(name: str) -> Callable[..., None]:

@@ -97,7 +97,7 @@ class Network:
         self._known: dict[tuple[int, torch.dtype], tuple[int, bool] | None] = {}  # way and keeps, or None for others
         self._handle: int | None = None
         self.watched = 0  # the number by which the first layer's gradient is recorded; 0: none is
-        self._checked: set[tuple] = set()
+        self._checked: set[tuple[Any, ...]] = set()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,8 @@ def layer_gradients(g: Tensor, operands: Operands, spec: LayerSpec, wanted: Want
         return layer(operands._replace(**dict(zip(names, values, strict=True))), spec)
 
     y, pull = vjp(of, *(getattr(operands, name) for name in names))
-    return pull(g.to(y.dtype))
+    found: tuple[Tensor, ...] = pull(g.to(y.dtype))
+    return found
 
 
 def network_gradients(
@@ -122,7 +123,8 @@ def network_gradients(
         return network(filled[0], filled[1:], spec, seeds)
 
     y, pull = vjp(of, *(tensors[i] for i in at))
-    return pull(g.to(y.dtype))
+    found: tuple[Tensor, ...] = pull(g.to(y.dtype))
+    return found
 
 
 def differentiable_gradients(
@@ -308,6 +310,10 @@ class ResidualStack(nn.Module):
             x = layer(given, spec._replace(watch=self.watch + i) if self.watch else spec)
         return x
 
+    if TYPE_CHECKING:  # nn.Module says Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
 
 def learned_scales(recipe: stack_checks.Recipe, layers: Iterable[int], **factory: Any) -> list[nn.ParameterDict]:
     """The learned λ and a of these layers, by index: where they start."""
@@ -343,6 +349,10 @@ class ShapeGatedStack(nn.Module):
             x = x + layer(x) if takes_skip else layer(x)
         return x
 
+    if TYPE_CHECKING:  # nn.Module says Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
 
 class ProjectionStack(nn.Module):
     """System D: as system A, with a learned Linear on the skip wherever the sizes differ.
@@ -370,3 +380,7 @@ class ProjectionStack(nn.Module):
             else:
                 x = layer(x) + x
         return x
+
+    if TYPE_CHECKING:  # nn.Module says Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...

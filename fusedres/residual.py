@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -60,7 +62,7 @@ class Residual(nn.Module):
             )
 
         self.skip_scale = scale(skip_scale, learn_skip_scale)
-        self.branch_scale = scale(branch_scale, bool(kind), *([channels] if kind == "channel" else []))
+        self.branch_scale = scale(branch_scale, bool(kind), *([cast(int, channels)] if kind == "channel" else []))
         self._initial_scales = (float(skip_scale), float(branch_scale))
 
     def reset_parameters(self) -> None:
@@ -81,6 +83,10 @@ class Residual(nn.Module):
             drop_path=self.drop_path,
             training=self.training,
         )
+
+    if TYPE_CHECKING:  # nn.Module says Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         parts = []

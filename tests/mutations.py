@@ -365,7 +365,7 @@ MUTATIONS = {
         "fusedres/gradients/verdict.py", "errors.numbers >= FEW and", "False and", "test_compare.py"
     ),
     "compare: luck of eager's everywhere": Mutation(
-        "fusedres/gradients/verdict.py", "if errors.roundings <= self.roundings:", "if False:", "test_compare.py"
+        "fusedres/gradients/verdict.py", "if roundings <= self.roundings:", "if False:", "test_compare.py"
     ),
     "compare: a truth of nothing has no rounding": Mutation(
         "fusedres/gradients/verdict.py", " if largest > 0 else torch.finfo(torch.float64).eps)", ")", "test_compare.py"

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .watch import Watch
 
 
+Gradients = tuple[Tensor | None, ...]  # of the inputs, or of the outputs, of a node
+
+
 class Hook:
     """A hook on a module. Where code is traced it does nothing, nor on a copy of the module or one read from a file."""
 
@@ -26,10 +29,10 @@ class Hook:
         if self.call is not None and not torch.compiler.is_compiling():
             self.call(*given)
 
-    def __deepcopy__(self, memo: dict) -> Hook:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return Hook()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Hook, ()
 
 
@@ -42,21 +45,21 @@ class Through:
         self._inputs: dict[int, Input] = {}  # by id: a tensor that comes twice is one
         self._entered: Input | None = None  # by the branch, which has not left yet
 
-    def enter(self, module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+    def enter(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Before a call: all that comes back to its input is noted."""
         x = first_tensor((*inputs, *named.values()))
         if x is not None and self.watch.sees(x):
             self._input(x)
 
-    def enter_branch(self, module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+    def enter_branch(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Before the call of the branch, whose input this is too."""
         x = first_tensor((*inputs, *named.values()))
         found = None if x is None else self._inputs.get(id(x))
         self._entered = found if found is not None and found.tensor() is x and self._step == self.watch.steps else None
-        if self._entered is not None:
+        if x is not None and self._entered is not None:
             self._entered.edge = torch.autograd.graph.get_gradient_edge(x)
 
-    def leave_branch(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+    def leave_branch(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """After it: nodes that it has made and that lead straight to its input send back what comes through it."""
         entered, self._entered = self._entered, None
         if entered is None or not torch.is_grad_enabled():
@@ -66,7 +69,7 @@ class Through:
             entered.has_consumers = True
             self.watch.keep(node.register_hook(entered.came_from(place)))
 
-    def leave(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """After a call: all that comes back to its output is noted."""
         y = first_tensor(tensors_of(output))
         if y is not None and self.watch.sees(y):
@@ -91,8 +94,8 @@ class Input:
         self.has_consumers = False
         self._branch: Tensor | None = None
 
-    def came_from(self, place: int) -> Callable[[tuple, tuple], None]:
-        def note(gradients: tuple, _: tuple) -> None:
+    def came_from(self, place: int) -> Callable[[Gradients, Gradients], None]:
+        def note(gradients: Gradients, _: Gradients) -> None:
             gradient = gradients[place]
             if gradient is not None and not torch.is_grad_enabled():
                 self._branch = gradient if self._branch is None else self._branch + gradient

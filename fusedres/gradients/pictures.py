@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import picture
 
@@ -108,7 +108,7 @@ def _require(profiles: Sequence[GradientProfile]) -> None:
         raise ValueError("there is nothing to draw before the first readout")
 
 
-def _spread(items: Sequence, most: int) -> list:
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
     """The first, the last, and as many between as may be."""
     if len(items) <= most:
         return list(items)

@@ -114,10 +114,14 @@ def _add_histogram(writer: Any, tag: str, octaves: dict[int, int], step: int) ->
     )
 
 
-def finite(value: Any) -> Any:
+def finite(values: dict[str, Any]) -> dict[str, Any]:
     """The same with None for what JSON has no number for."""
+    return {name: _finite(one) for name, one in values.items()}
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: finite(one) for name, one in value.items()}
+        return finite(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [finite(one) for one in value]
+        return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,5 +78,5 @@ def _distance(gradients: Gradients, truth: Gradients) -> float:
     return math.sqrt(away / whole) if whole else math.inf if away else 0.0
 
 
-def _wide(tensor: Tensor | None) -> Tensor | None:
-    return tensor.double() if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
+def _wide(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

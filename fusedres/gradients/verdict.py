@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -53,12 +53,13 @@ class Rule:
 
     def objection(self, errors: Errors) -> str:
         """What is against these errors; empty if they agree."""
-        if errors.roundings <= self.roundings:
+        max_units, rms_units, roundings = cast(tuple[float, float, float], errors[3:])
+        if roundings <= self.roundings:
             return ""
-        if errors.max_units > self.max_units:
-            return f"is off by {errors.max_units:.3g} units and {errors.roundings:.3g} roundings of its largest"
-        if errors.numbers >= FEW and errors.rms_units > self.rms_units:
-            return f"is off by {errors.rms_units:.3g} units rms and {errors.roundings:.3g} roundings of its largest"
+        if max_units > self.max_units:
+            return f"is off by {max_units:.3g} units and {roundings:.3g} roundings of its largest"
+        if errors.numbers >= FEW and rms_units > self.rms_units:
+            return f"is off by {rms_units:.3g} units rms and {roundings:.3g} roundings of its largest"
         return ""
 
 
@@ -153,7 +154,8 @@ def owner(parameter: str) -> str:
 
 def _judged(own: Mapping[str, Errors], dtypes: Mapping[str, torch.dtype]) -> LayerVerdict:
     columns = zip(*own.values(), strict=True)
-    worst = Errors(*(max(values) if values[0] is not None else None for values in columns))
+    largest: list[Any] = [max(values) if values[0] is not None else None for values in columns]
+    worst = Errors(*largest)
     short = {name: name.rpartition(".")[2] for name in own}
     if not_finite := [short[name] for name, found in own.items() if not math.isfinite(found.absolute)]:
         return LayerVerdict(NOT_FINITE, f"the gradient of {', '.join(not_finite)} is not finite", worst)
@@ -175,4 +177,4 @@ def _relative_objection(errors: Errors, dtype: torch.dtype) -> str:
 
 def half_the_digits(dtype: torch.dtype) -> float:
     """√eps of this dtype: 3.5e-4 in float32, 0.09 in bfloat16."""
-    return torch.finfo(dtype).eps ** 0.5
+    return math.sqrt(torch.finfo(dtype).eps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class FusedResidualStack(nn.Module):
     """
 
     runs: Any  # nn.ModuleDict of Run
-    layers: Any  # nn.ModuleList of StackLayer
+    layers: StackLayers
     projections: Any  # nn.ModuleDict of nn.Linear
     skip_scales: Any  # nn.ParameterDict of the layers that are in no run
     branch_scales: Any
@@ -146,7 +146,7 @@ class FusedResidualStack(nn.Module):
             run.reset_scales()
         for which, scales in enumerate((self.skip_scales, self.branch_scales)):
             for i, scale in scales.items():
-                nn.init.constant_(scale, self.recipe.scale_starts(int(i))[which])
+                nn.init.constant_(scale, cast(float, self.recipe.scale_starts(int(i))[which]))
 
     def extra_repr(self) -> str:
         shown = self.recipe.options | ({} if self.recompute == "auto" else {"recompute": self.recompute})
@@ -170,6 +170,10 @@ class FusedResidualStack(nn.Module):
         if self.watch != bound.network.watched:
             bound.network.watch(self.watch)
         return bound.network(x, self.training)
+
+    if TYPE_CHECKING:  # nn.Module says Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def _described(self) -> Description:
         recipe = self.recipe

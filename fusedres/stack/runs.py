@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ def _slice(name: str) -> Callable[[LinearSlice], Tensor]:
     def get(self: LinearSlice) -> Tensor:
         run, place = self.__dict__["_place"]
         parameter = getattr(run, name)
-        found = run.slice(name, parameter, place)
+        found: Tensor = run.slice(name, parameter, place)
         if parameter.grad is not None:
             found.grad = run.slice(name, parameter.grad, place)
         return found
@@ -124,6 +124,12 @@ for _name in ("weight", "bias"):
 class StackLayers(nn.ModuleList):
     """The layers of a stack; asked for their parameters, slices of those that are stacked."""
 
+    if TYPE_CHECKING:  # nn.ModuleList says nn.Module
+
+        def __getitem__(self, index: int) -> StackLayer: ...  # type: ignore[override]
+
+        def __iter__(self) -> Iterator[StackLayer]: ...
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
@@ -137,6 +143,12 @@ class StackLayer(nn.Sequential):
     def __init__(self, linear: nn.Linear, activation: nn.Module, skip: str) -> None:
         super().__init__(linear, activation)
         self.resolved_skip = skip
+
+    if TYPE_CHECKING:  # nn.Sequential says nn.Module, which has no weight, and Any
+
+        def __getitem__(self, index: Any) -> Any: ...
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
