@@ -3,6 +3,7 @@
 # make sanitize   the CPU kernels' tests, on a library built with AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench   networks, layers and stacks against eager PyTorch and torch.compile, on this machine
 # make tune   the fastest forms and tiles of every layer on this GPU, written to fusedres/tiles/
+# make dist   a wheel and an sdist in dist/, each installed and run in an environment of its own
 # They make .venv on first use; PYTHON chooses the interpreter, ARGS goes to the command.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test sanitize lens bench tune check clean
+.PHONY: demo test sanitize lens bench tune dist check clean
 
 demo: $(READY)
 	$(BIN)/python -m fusedres demo $(ARGS)
@@ -29,6 +30,9 @@ bench: $(READY)
 
 tune: $(READY)
 	$(BIN)/python bench/tune.py $(ARGS)
+
+dist: $(READY)
+	$(BIN)/python tests/distribution.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
