@@ -4,6 +4,7 @@
 # make bench   networks, layers and stacks against eager PyTorch and torch.compile, on this machine
 # make tune   the fastest forms and tiles of every layer on this GPU, written to fusedres/tiles/
 # make dist   a wheel and an sdist in dist/, each installed and run in an environment of its own
+# make docs   the pages of docs/, with the API from docstrings, in build/site
 # They make .venv on first use; PYTHON chooses the interpreter, ARGS goes to the command.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test sanitize lens bench tune dist check clean
+.PHONY: demo test sanitize lens bench tune dist docs check clean
 
 demo: $(READY)
 	$(BIN)/python -m fusedres demo $(ARGS)
@@ -33,6 +34,9 @@ tune: $(READY)
 
 dist: $(READY)
 	$(BIN)/python tests/distribution.py $(ARGS)
+
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

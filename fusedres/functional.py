@@ -46,16 +46,22 @@ def residual_linear(
     Shapes: x [..., K], weight [N, K], bias [N] -> y [..., N]; with skip="concat" y [..., S + N] = [λ s, a φ(z)].
 
     Args:
+        x: [..., K], floating point.
+        weight: W [N, K].
+        bias: b [N].
         residual: s itself, [..., N], or [..., S] with skip="concat".
-        activation: φ, one of gelu (approximate="none": exact, or "tanh"), relu, silu, tanh, sin, none.
+        activation: φ, one of gelu, relu, silu, tanh, sin, none.
+        approximate: of gelu: "none", exact, or "tanh".
         order: "pre", or "post" for an activation after the addition.
         skip: "auto" is the residual or the projection where one is given, else x where K = N, else nothing;
             "identity" is x; "projection" is x Pᵀ + p; "concat" puts x, or the residual, before the branch; None.
         skip_scale: λ, a number or a tensor [].
         branch_scale: a, a number or a tensor [] or [N].
-        projection_weight, projection_bias: P [N, K], p [N].
+        projection_weight: P [N, K].
+        projection_bias: p [N].
         drop_path: while training, the probability that a row's branch is dropped; the others' are scaled by
             1 / (1 - drop_path). Drawn from torch's CPU generator on every device.
+        training: whether rows drop.
         recompute: compute z again in backward instead of keeping it.
 
     All tensors share x's dtype, unless autocast is on: then products run in its dtype and sums promote as eager's do.
@@ -82,11 +88,14 @@ def residual(
     """y = a branch + λ x, the sum that ends a residual block, differentiable in every tensor. branch, x, y [...].
 
     Args:
+        branch: what the block gives for x.
+        x: the block's input.
         skip_scale: λ, a number or a tensor [].
         branch_scale: a, a number or a tensor [] or [C], one per channel.
         channel_dim: the dimension of x, of size C, along which a is one per channel.
         drop_path: while training, the probability that a sample's branch is dropped, a sample being an index of the
             first dimension; the others' are scaled by 1 / (1 - drop_path). Drawn from torch's CPU generator.
+        training: whether samples drop.
 
     dtypes may differ, and promote as those of the formula do.
 

@@ -17,17 +17,25 @@ class FusedResidualLinear(nn.Linear):
     `projection`, an nn.Linear, with skip="projection".
 
     Args:
-        in_features, out_features: K, N; out_features is in_features where not given.
-        activation, approximate, order: as in `functional.residual_linear`.
+        in_features: K.
+        out_features: N; K where not given.
+        bias: whether there are b and, with skip="projection", p.
+        activation: φ, one of gelu, relu, silu, tanh, sin, none.
+        approximate: of gelu: "none", exact, or "tanh".
+        order: "pre", or "post" for φ(λ s(x) + a (x Wᵀ + b)).
         skip: "auto" (x where sizes agree, else nothing), "identity", "projection", "concat" (y [..., K + N]), None.
-        skip_scale, branch_scale: λ and a, or where they start when learned.
+        skip_scale: λ, or where it starts when learned.
         learn_skip_scale: λ is a parameter.
+        branch_scale: a, or where it starts when learned.
         learn_branch_scale: a is a parameter: "scalar", or "channel" for one per output feature.
         drop_path: the probability that a row's branch is dropped, in training mode.
         recompute: compute z again in backward instead of keeping it.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: an option is unknown, out of range, or makes no sense with another.
+        TypeError: an option is of another type.
+        ValueError: an option is unknown, out of range, or makes no sense with another.
     """
 
     watch: int = 0  # the number by which the gradient of its input is recorded; 0: it is not

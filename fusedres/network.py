@@ -50,17 +50,23 @@ class Network:
     Args:
         weights: W of every layer, [N, K]; or [L, N, N] for a run of L layers, whose bias is [L, N], λ [L], a [L] or
             [L, N] then (or flat, [L * N]). One parameter costs autograd less than L.
-        biases, projection_weights, projection_biases: None, or one (or None) for every entry of weights.
-        activation, approximate, order: as for a layer, of all layers.
+        biases: None, or b [N] (or None) for every entry of weights.
+        activation: φ of all layers, one of gelu, relu, silu, tanh, sin, none.
+        approximate: of gelu: "none", exact, or "tanh".
+        order: "pre", or "post" for φ(λ s(x) + a (x Wᵀ + b)).
         skip: auto, identity, projection or None; one for all, or one for every entry of weights.
-        skip_scale, branch_scale: λ and a; a number or a tensor for all layers, or one for every entry of weights; the
-            entry of a run may be a number for each of its layers.
+        skip_scale: λ; a number or a tensor for all layers, or one for every entry of weights; the entry of a run may be
+            a number for each of its layers.
+        branch_scale: a, likewise.
+        projection_weights: None, or P [N, K] (or None) for every entry of weights.
+        projection_biases: None, or p [N] (or None) for every entry of weights.
         last_activation: "same" as the others', or "none".
         drop_path: while training, the probability that a row's branch is dropped; for all, or one for every layer.
         recompute: whether backward computes activations again instead of keeping them; "auto" keeps what is small.
 
     Raises:
-        TypeError, ValueError: what a layer would raise, with its index.
+        TypeError: what a layer would raise, with its index.
+        ValueError: what a layer would raise, with its index; too few or too many of a kind.
     """
 
     def __init__(

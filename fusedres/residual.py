@@ -18,15 +18,20 @@ class Residual(nn.Module):
 
     Args:
         block: whatever is called with x and gives a tensor of x's shape.
-        skip_scale, branch_scale: λ and a, or where they start when learned.
+        skip_scale: λ, or where it starts when learned.
         learn_skip_scale: λ is a parameter.
+        branch_scale: a, or where it starts when learned.
         learn_branch_scale: a is a parameter: True or "scalar", or "channel" for one per channel.
-        channels: how many channels there are, with "channel"; channel_dim: the dimension of x that counts them.
+        channels: how many channels there are, with "channel".
+        channel_dim: the dimension of x that counts them.
         drop_path: the probability that a sample's branch is dropped, in training mode. A sample is an index of x's
             first dimension, whatever the others are; the block is called with all of them.
+        device: of the scales, where learned.
+        dtype: of the scales, where learned.
 
     Raises:
-        TypeError, ValueError: an option is unknown, out of range, or makes no sense with another.
+        TypeError: block cannot be called, or a number is none.
+        ValueError: an option is unknown, out of range, or makes no sense with another.
     """
 
     resolved_skip = "identity"  # what readouts call the skip it takes

@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         say(f"{built.wheel.name}, {built.sdist.name}: {len(packaged())} files of the package and no other")
         for archive in (built.wheel, built.sdist):
-            try_out(archive, folder / archive.suffix)
+            try_out(archive, folder / archive.suffix.strip("."))
         out.mkdir(parents=True, exist_ok=True)
         for archive in (built.wheel, built.sdist):
             say(shutil.copy(archive, out))

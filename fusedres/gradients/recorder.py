@@ -49,7 +49,8 @@ class Recorder:
         path: a file of JSON lines, to which all of them are appended, however many.
 
     Raises:
-        TypeError, ValueError: an argument is of another type, or out of range.
+        TypeError: an argument is of another type.
+        ValueError: an argument is out of range.
     """
 
     def __init__(

@@ -50,19 +50,25 @@ class FusedResidualStack(nn.Module):
 
     Args:
         sizes: d₀, …, d_L of L layers.
-        activation, approximate, order: as in `FusedResidualLinear`.
+        activation: φ, one of gelu, relu, silu, tanh, sin, none.
+        approximate: of gelu: "none", exact, or "tanh".
+        order: "pre", or "post" for φ(λ s(x) + a (x Wᵀ + b)).
         skip: "auto" (x where sizes agree, else nothing), "projection" (where they differ a learned nn.Linear of x),
             "identity" (sizes must agree everywhere), None.
-        skip_scale, branch_scale: λ and a, or where they start when learned; a number, or one for every layer.
+        skip_scale: λ, or where it starts when learned; a number, or one for every layer.
         learn_skip_scale: the λ of every skip is a parameter.
+        branch_scale: a, or where it starts when learned; a number, or one for every layer.
         learn_branch_scale: the a of every layer is one: "scalar", or "channel" for a number per output feature.
         drop_path: the probability that a row's branch is dropped, in training mode; a number for all layers with a
             skip, or one for every layer.
         last_activation: "same" as the others', or "none".
         recompute: whether backward computes activations again instead of keeping them; "auto" keeps what is small.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: a size or an option is unknown, out of range, or makes no sense with another.
+        TypeError: a size or an option is of another type.
+        ValueError: a size or an option is unknown, out of range, or makes no sense with another.
     """
 
     runs: Any  # nn.ModuleDict of Run
@@ -364,12 +370,14 @@ class FusedResidualStack(nn.Module):
     def from_eager(cls, module: nn.Module, **options: Any) -> FusedResidualStack:
         """A stack with the parameters, dtype, device and mode of an eager network, copied.
 
-        module: `reference.ResidualStack`, or any whose `layers` are nn.Sequential(nn.Linear, activation) in order, with
-        `projections` {i: nn.Linear} or none. What it adds, it need not say: what it computes tells. Options of the
-        constructor may be given too.
+        Args:
+            module: `reference.ResidualStack`, or any whose `layers` are nn.Sequential(nn.Linear, activation) in order,
+                with `projections` {i: nn.Linear} or none. What it adds, it need not say: what it computes tells.
+            options: of the constructor.
 
         Raises:
-            TypeError, ValueError: the module is built otherwise, or computes something else than any stack would.
+            TypeError: the module is built otherwise.
+            ValueError: it computes something else than any stack would.
         """
         sizes, found = convert.recipe_of(module, {k: v for k, v in options.items() if k != "recompute"})
         stack = cls(sizes, device="meta", recompute=options.get("recompute", "auto"), **found)
