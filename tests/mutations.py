@@ -765,6 +765,23 @@ MUTATIONS |= {
     "narrow: widest rows cut": Mutation(
         NARROW, '"BLOCK_K": padded(K)', '"BLOCK_K": min(64, padded(K))', "test_narrow.py -k widest"
     ),
+    "types: a layer's call is Any": Mutation(
+        "fusedres/modules.py", "def __call__(self, x: Tensor", "def _call(self, x: Tensor", "test_typed.py -k judged"
+    ),
+    "distribution: headers left out": Mutation(
+        "pyproject.toml", '["*.cpp", "*.h"]', '["*.cpp"]', "test_distribution.py -k nothing_else"
+    ),
+    "distribution: tests in the sdist": Mutation(
+        "MANIFEST.in", "prune tests", "prune bench", "test_distribution.py -k nothing_else"
+    ),
+    "docs: another way": Mutation("docs/performance.md", "way lanes", "way dots", "test_readme.py -k a_page_runs"),
+    "docs: an argument that there is not": Mutation(
+        "fusedres/modules.py", '        order: "pre"', '        orders: "pre"', "test_readme.py -k build"
+    ),
+    "docs: a page that is not there": Mutation("docs/index.md", "(stack.md)", "(stacks.md)", "test_readme.py -k build"),
+    "docs: a rule of another test": Mutation(
+        "tests/tolerances.py", "max_error=4.0", "max_error=5.0", "test_readme.py -k rules"
+    ),
 }
 
 
