@@ -22,7 +22,21 @@ from .kernels.spec import LayerSpec, NetworkSpec, Operands
 class Call:
     """One fused call: its layer's or network's name in the module, its shape x [M, K] -> [M, N], and what runs it.
 
-    Of a `Residual`, the sum that ends it: `shape` is that of x, whose last dimension is N = K.
+    Attributes:
+        name: of the layer or network in the module; empty where that is itself what was called.
+        M: rows.
+        N: output features.
+        K: input features.
+        dtype: in which it computes.
+        spec: its options.
+        choice: what runs it, with `.because`.
+        tiles: of Triton's kernels.
+        because: why each part of a plan is what it is.
+        in_training: what runs the layer where gradients are wanted, if another.
+        way: of the C++ engine.
+        keeps: whether activations would be kept for backward.
+        threads: of the C++ engine, at most.
+        shape: of x, of the sum that ends a `Residual`, whose last dimension is N = K.
     """
 
     name: str
@@ -32,11 +46,11 @@ class Call:
     dtype: torch.dtype
     spec: LayerSpec | NetworkSpec
     choice: Eager | Triton | Native
-    tiles: Plan | StackTiles | None = None  # of Triton's kernels
-    because: plans.Because | None = None  # of a plan's parts
-    in_training: Eager | Triton | Native | None = None  # what runs the layer where gradients are wanted, if another
-    way: Way | None = None  # of the C++ engine
-    keeps: bool = True  # whether the C++ engine would keep activations for backward
+    tiles: Plan | StackTiles | None = None
+    because: plans.Because | None = None
+    in_training: Eager | Triton | Native | None = None
+    way: Way | None = None
+    keeps: bool = True
     threads: int = 1
     shape: tuple[int, ...] | None = None
 
@@ -178,6 +192,11 @@ def explain(module_or_call: Callable[..., object], *args: Tensor, **kwargs: obje
     """Run module_or_call(*args) without gradients, print and return what ran each fused call, and why.
 
     Leaves random states and the module's buffers as they were.
+
+    Args:
+        module_or_call: a module, or a function that calls some.
+        args: what it is called with.
+        kwargs: what it is called with.
     """
     global _listener
     calls: list[Call] = []

@@ -31,6 +31,7 @@ def warmup(
         graph.replay()                     # y is there, for the price of one launch
 
     Args:
+        module: any, with a floating parameter or buffer.
         shapes: of inputs [..., K]; one, or several.
         dtype: of inputs; where not given, that of the module's first floating parameter.
         backward: whether to differentiate too, with respect to the input and to what requires a gradient.

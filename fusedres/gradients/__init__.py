@@ -2,10 +2,9 @@
 
 from .compare import GradientComparison, compare_gradients
 from .readout import GradientProfile, profile
+from .readout import profile as gradient_profile
 from .recorder import Recorder
 from .statistics import Halves, InputGradient, Statistics
-
-gradient_profile = profile
 
 __all__ = [
     "GradientComparison",

@@ -17,7 +17,17 @@ from .verdict import AGREES, Errors, LayerVerdict
 
 @dataclass(frozen=True)
 class GradientComparison:
-    """Two readouts, the errors of every trainable parameter by its name, and a verdict on every layer by its name."""
+    """Two readouts, and how far apart they are.
+
+    Attributes:
+        fused: the profile of the one.
+        eager: of the other.
+        errors: of every trainable parameter, by its name.
+        layers: a verdict on every layer, by its name.
+        rules: by which it is given, in words.
+        unit: what a unit is; None where there are none.
+        why_no_units: why there are none.
+    """
 
     fused: GradientProfile
     eager: GradientProfile
@@ -115,10 +125,19 @@ def compare_gradients(
 ) -> GradientComparison:
     """Profiles of both models from the same random state, and how far apart the gradients of every parameter are.
 
-    Both are measured against a float64 copy of eager, with x and target in float64 where they are floating; a loss_fn
-    that holds tensors has to take float64 too. Where the copy cannot be had the comparison says why, and judges by
-    relative differences. The arguments and their errors are those of `gradient_profile`; ValueError besides if the two
-    do not train the same parameters.
+    Both are measured against a float64 copy of eager, with x and target in float64 where they are floating. Where the
+    copy cannot be had the comparison says why, and judges by relative differences.
+
+    Args:
+        fused: the model in question.
+        eager: one that trains parameters of the same names and shapes.
+        x: the input of both.
+        target: as in `gradient_profile`.
+        loss_fn: as in `gradient_profile`; where it holds tensors it has to take float64 too.
+
+    Raises:
+        TypeError: as `gradient_profile`.
+        ValueError: as `gradient_profile`; and where the two do not train the same parameters.
     """
     _check_same_parameters(fused, eager)
     with recording.set_aside():

@@ -27,14 +27,16 @@ Split = tuple[Callable[[dict[str, Tensor], str], dict[str, Tensor]], str]
 class GradientProfile:
     """One readout of a model's gradients.
 
-    loss: its value, None where it was not told.
-    mean_abs: mean |∂L/∂W| by the name of the weight.
-    layers, skips_taken: the layers, and those that take a skip. declares_skips: False for a plain model, whose layers
-        cannot tell what its forward adds to them.
-    parameters: of every trainable parameter, by name, weights, biases and scales alike.
-    inputs: of the gradient that reaches each layer's input, by layer, and of "output", ∂L/∂y of the model. Layers whose
-        input requires no gradient are not there, nor those of other modules that run inside compiled code.
-    step: of the training, 0 for a single readout.
+    Attributes:
+        loss: its value, None where it was not told.
+        mean_abs: mean |∂L/∂W| by the name of the weight.
+        layers: their names.
+        skips_taken: of those that take a skip.
+        declares_skips: False for a plain model, whose layers cannot tell what its forward adds to them.
+        parameters: of every trainable parameter, by name, weights, biases and scales alike.
+        inputs: of the gradient that reaches each layer's input, by layer, and of "output", ∂L/∂y of the model. Layers
+            whose input requires no gradient are not there, nor those of other modules that run inside compiled code.
+        step: of the training, 0 for a single readout.
     """
 
     loss: float | None
@@ -88,9 +90,18 @@ def profile(model: nn.Module, x: Tensor, target: Tensor | None = None, loss_fn: 
     """The gradients of L = loss_fn(model(x), target), by default MSE, against zeros, by every trainable parameter, and
     those that reach the layers' inputs.
 
-    Without a target, loss_fn is called with the output alone. Weights are the floating parameters named `weight` of two
-    dimensions and more; one that the loss does not reach counts as 0. The model's gradients, mode and buffers and the
-    random state stay as they were. TypeError or ValueError for arguments that give no scalar loss or no gradient.
+    Weights are the floating parameters named `weight` of two dimensions and more; one that the loss does not reach
+    counts as 0. The model's gradients, mode and buffers and the random state stay as they were.
+
+    Args:
+        model: any module.
+        x: its input.
+        target: of the output's shape, or whatever loss_fn takes.
+        loss_fn: called with the output and the target, or with the output alone where there is none; gives one number.
+
+    Raises:
+        TypeError: an argument is of another type, or the loss is no tensor.
+        ValueError: the loss is not one number, or depends on no trainable parameter; target is of another shape.
     """
     _check(model, x, loss_fn)
     watch = Watch(model)

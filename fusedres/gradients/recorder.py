@@ -104,7 +104,12 @@ class Recorder:
             self._watch = None
 
     def step(self, loss: Tensor | float | None = None) -> None:
-        """Takes what the step's backwards have left, on every n-th step; loss, where given, goes with it."""
+        """Takes what the step's backwards have left, on every n-th step; loss, where given, goes with it.
+
+        Raises:
+            RuntimeError: it is not inside the recorder's with block.
+            ValueError: loss is a tensor of more than one number.
+        """
         watch = self._watch
         if watch is None:
             raise RuntimeError("step() is for inside the recorder's with block")

@@ -18,16 +18,23 @@ SMALLEST_OCTAVE = -record.EXPONENT_BIAS  # of numbers below 2^-126, which have o
 class Statistics:
     """Of the numbers of a gradient. Means and the largest are over those that are finite, NaN where none is.
 
-    `octaves`: how many there are with 2^e <= |g| < 2^(e + 1), by e from -126 to 127, as float32 has them; -127 for all
-    that are smaller and not 0, and 127 for all that are larger too.
+    Attributes:
+        count: how many numbers there are.
+        mean_abs: mean |g|.
+        rms: their root mean square.
+        max_abs: the largest |g|.
+        zero: the fraction of those that are 0.
+        non_finite: the fraction of those that are infinite or NaN.
+        octaves: how many there are with 2^e <= |g| < 2^(e + 1), by e from -126 to 127, as float32 has them; -127 for
+            all that are smaller and not 0, and 127 for all that are larger too.
     """
 
     count: int
     mean_abs: float
     rms: float
     max_abs: float
-    zero: float  # fraction
-    non_finite: float  # fraction
+    zero: float
+    non_finite: float
     octaves: dict[int, int]
 
     @property
@@ -43,8 +50,12 @@ class Halves(NamedTuple):
     """The gradient at a layer's input is a sum: what came through its branch, dz W, and what through its skip, λ ∂L/∂y.
 
     Of a module that says nothing of skips the branch is the module, and the skip whatever goes past it: x in x + f(x),
-    but of q, k and v on one input the other two as well. Their L2 norms, and the cosine between them: 1 where they add
-    up, -1 where they cancel, NaN where one of them is 0.
+    but of q, k and v on one input the other two as well.
+
+    Attributes:
+        branch: the L2 norm of the one.
+        skip: of the other.
+        cosine: between them: 1 where they add up, -1 where they cancel, NaN where one of them is 0.
     """
 
     branch: float
@@ -55,8 +66,11 @@ class Halves(NamedTuple):
 class InputGradient(NamedTuple):
     """∂L/∂x of a layer.
 
-    `halves`: None where nothing goes past the branch. `identity_path`: in a stack, the norm of Π λ ∂L/∂x_L, what would
-    come down through skips alone from where the equal widths end; None where no path of skips leads there.
+    Attributes:
+        statistics: of its numbers.
+        halves: None where nothing goes past the branch.
+        identity_path: in a stack, the norm of Π λ ∂L/∂x_L, what would come down through skips alone from where the
+            equal widths end; None where no path of skips leads there.
     """
 
     statistics: Statistics

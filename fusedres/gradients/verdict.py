@@ -19,18 +19,32 @@ class Errors(NamedTuple):
 
     A unit is the error of eager's own gradient against the truth, and one rounding of the largest |g| at least, so that
     it is never 0. inf where a gradient is not finite.
+
+    Attributes:
+        absolute: max |fused - eager|.
+        relative: of max |eager|.
+        numbers: how many there are.
+        max_units: the largest error.
+        rms_units: the root mean square of the errors.
+        roundings: max |fused - truth| in roundings of the largest |truth|.
     """
 
-    absolute: float  # max |fused - eager|
-    relative: float  # of max |eager|
+    absolute: float
+    relative: float
     numbers: int
     max_units: float | None = None
     rms_units: float | None = None
-    roundings: float | None = None  # max |fused - truth| in roundings of the largest |truth|
+    roundings: float | None = None
 
 
 class LayerVerdict(NamedTuple):
-    """agrees, DIFFERS or not finite, why, and the largest of each error over the layer's parameters."""
+    """What is said of a layer.
+
+    Attributes:
+        verdict: agrees, DIFFERS or not finite.
+        because: why; empty where it agrees.
+        worst: the largest of each error over the layer's parameters.
+    """
 
     verdict: str
     because: str
