@@ -29,7 +29,8 @@ def installed(folder: Path) -> Path:
     place = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
     with zipfile.ZipFile(distribution.build(folder, isolated=False).wheel) as wheel:
         wheel.extractall(place)
-    (place / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    others = [path for path in sys.path if path.endswith("-packages")]
+    (place / "others.pth").write_text("\n".join(others) + "\n")
     return home / "bin" / "python"
 
 
