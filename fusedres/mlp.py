@@ -21,18 +21,24 @@ class FusedResidualMLP(nn.Module):
     what follows the second product is one pass more.
 
     Args:
-        dim, hidden: sizes; hidden is 4 · dim where not given.
+        dim: the size of x's last dimension.
+        hidden: the size between the layers, 4 · dim where not given.
         bias: whether both layers have one.
-        activation, approximate: φ, as in `functional.residual_linear`.
+        activation: φ, one of gelu, relu, silu, tanh, sin, none.
+        approximate: of gelu: "none", exact, or "tanh".
         dropout: the probability that a number of φ(·), and of the branch, is dropped in training mode, by nn.Dropout's
             own draws.
-        skip_scale, branch_scale: λ and a, or where they start when learned.
+        skip_scale: λ, or where it starts when learned.
         learn_skip_scale: λ is a parameter.
+        branch_scale: a, or where it starts when learned.
         learn_branch_scale: a is a parameter: "scalar", or "channel" for one per feature.
         recompute: compute φ's argument again in backward instead of keeping it.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: an option is unknown, out of range, or makes no sense with another.
+        TypeError: an option is of another type.
+        ValueError: an option is unknown, out of range, or makes no sense with another.
     """
 
     def __init__(

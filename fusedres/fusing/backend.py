@@ -38,16 +38,18 @@ def fusedres(module: GraphModule, inputs: Sequence[Any], **inductor: Any) -> Cal
     return _compiled(module, inputs, **inductor)
 
 
-def _compiled(module: GraphModule, inputs: Sequence[Any], mode: str | None = None, options: Any = None) -> Any:
+def _compiled(
+    module: GraphModule, inputs: Sequence[Any], mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """What torch.compile(mode=…, options=…) makes of a graph by itself."""
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(options or {})
     if mode and mode != "default":
         patches = torch._inductor.list_mode_options(mode) | patches
-    return compile_fx(
-        module, list(inputs), config_patches={name.replace("-", "_"): one for name, one in patches.items()}
-    )
+    patches = {name.replace("-", "_"): value for name, value in patches.items()}
+    function = cast(Callable[..., Any], compile_fx(module, list(inputs), config_patches=patches))
+    return function
 
 
 def _counted(module: GraphModule) -> str:
@@ -198,7 +200,7 @@ def _author_of(compiled: Callable[..., Any]) -> Callable[..., Any] | None:
         config = getattr(compiled, "get_compiler_config", None)
         cells = getattr(config, "__closure__", None) or ()
         context = next((cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "callback")), None)
-    backend = getattr(context, "callback", None)
+    backend: Any = getattr(context, "callback", None)
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
     if getattr(backend, "compiler_fn", backend) is not fusedres:

@@ -34,6 +34,7 @@ class Match:
     x: Node
     weight: Node
     bias: Node | None
+    end: Node  # y
     activation: str = "none"  # of kernels.spec.ACTIVATIONS
     order: str = "pre"
     skip: str = "none"  # none, identity, residual, projection, concat
@@ -42,7 +43,6 @@ class Match:
     projection_bias: Node | None = None
     skip_scale: float | Node = 1.0
     branch_scale: float | Node = 1.0
-    end: Node | None = None  # y
     inside: frozenset[Node] = frozenset()  # what computes y of its operands, end included
 
     @property
@@ -117,16 +117,8 @@ def _match(
     if not isinstance(x, Node) or shape is None or len(shape) != 2:
         return None
     activation, scale, end = start
-    match = Match(
-        linear,
-        x,
-        weight,
-        bias,
-        activation,
-        branch_scale=scale,
-        end=end,
-        inside=frozenset({linear, *between(end, linear)}),
-    )
+    inside = frozenset({linear, *between(end, linear)})
+    match = Match(linear, x, weight, bias, end, activation, branch_scale=scale, inside=inside)
     candidates = [match] if activation != "none" else []
     match = _scaled(match, shape[0], shape_of)
     if match.activation != "none" and match.branch_scale != scale:

@@ -136,7 +136,7 @@ class Plans:
         if watch is not None:
             if not watch.is_left_alone():
                 return None
-            plan = self.known.get(self._kind_of(watch, args, kwargs), _UNMET)
+            plan: Plan | None = self.known.get(self._kind_of(watch, args, kwargs), _UNMET)
             if plan is not _UNMET:
                 return plan
         return self.make(module, args, kwargs)

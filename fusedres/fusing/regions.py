@@ -6,7 +6,6 @@ import math
 import operator
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,9 +103,10 @@ def _computed(node: Node, values: dict[Node, Tensor]) -> Tensor:
     with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
         if node.op == "call_method":
             own, *rest = args
-            return getattr(own, str(node.target))(*rest, **kwargs)
-        call: Callable[..., Any] = node.target  # type: ignore[assignment]
-        return call(*args, **kwargs)
+            method: Callable[..., Tensor] = getattr(own, str(node.target))
+            return method(*rest, **kwargs)
+        function: Callable[..., Tensor] = node.target  # type: ignore[assignment]
+        return function(*args, **kwargs)
 
 
 def _named(values: Tensor) -> tuple[str, float] | None:

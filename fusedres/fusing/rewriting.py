@@ -32,7 +32,8 @@ def rewrite(graph: Graph, matches: list[Match], shape_of: ShapeOf, put: Callable
             match.x, match.weight, match.bias, match.residual, match.projection_weight, match.projection_bias,
             match.skip_scale, match.branch_scale,
         )  # fmt: skip
-        *tensors, skip_scale, branch_scale = (made.get(one, one) for one in operands)  # type: ignore[arg-type]
+        given: list[Any] = [made.get(one, one) if isinstance(one, Node) else one for one in operands]
+        *tensors, skip_scale, branch_scale = given
         with graph.inserting_before(match.end):
             scales = tuple(_as_scale(graph, one, shape_of) for one in (skip_scale, branch_scale))
             y = put(match, tuple(tensors), scales)

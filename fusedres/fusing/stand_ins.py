@@ -60,7 +60,7 @@ class Value(Proxy):
         self.like, self.last = self, _Dim()
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:
         """What `isinstance` is to see in an author's code; to torch, whose C++ trusts the answer, it is a Proxy."""
         if not _asks_isinstance(sys._getframe(1)):
             return Value

@@ -39,7 +39,7 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
             return plan.run(None, *given, *standing)
 
         def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-            reduced: Any = super(_CLASSES[cls], self).__reduce_ex__(protocol)  # type: ignore[misc]
+            reduced: Any = super(_CLASSES[cls], self).__reduce_ex__(protocol)
             made, args, *rest = reduced
             if made is not copyreg.__newobj__:  # type: ignore[attr-defined]
                 return (made, args, *rest)

@@ -76,7 +76,9 @@ def _handed_over(module: nn.Module, found: Trace, recorder: Recorder, only: set[
     here = threading.get_ident()
 
     def takes_part(part: nn.Module, path: str) -> bool:
-        return isinstance(part, _PASSING) or any(f"{path}.".startswith(f"{one}.") for one in only)
+        if only is None or isinstance(part, _PASSING):
+            return True
+        return any(f"{path}.".startswith(f"{one}.") for one in only)
 
     def taken_over(part: nn.Module) -> Callable[..., Any]:
         path = paths[part]
@@ -84,7 +86,7 @@ def _handed_over(module: nn.Module, found: Trace, recorder: Recorder, only: set[
         def call(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != here:
                 return (compiled[part] or part._call_impl)(*args, **kwargs)
-            reason = reasons[part] if only is None or takes_part(part, path) else "it takes no part"
+            reason = reasons[part] if takes_part(part, path) else "it takes no part"
             if reason is None:
                 return _run_through(part, path, args, kwargs, found, recorder)
             return _as_a_call(part, path, args, kwargs, found, recorder, reason)
