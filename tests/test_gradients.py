@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from twins import twins
 
-from fusedres import FusedResidualLinear, gradient_profile
+from fusedres import FusedResidualLinear, FusedResidualStack, gradient_profile
 from fusedres.reference import ProjectionStack, ShapeGatedStack
 
 CASE_1 = [3] * 13 + [1]
@@ -227,3 +227,17 @@ def test_a_model_that_returns_no_tensor_needs_a_loss_fn():
     with pytest.raises(TypeError, match="without a loss_fn the model must return a tensor, got tuple"):
         gradient_profile(model, ONES)
     gradient_profile(model, ONES, loss_fn=lambda output: output[0].sum())
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.usefixtures("engine")
+def test_the_first_layer_of_a_network_is_there_where_x_requires_a_gradient(requires_grad):
+    """A fused network computes what is asked for, and so nobody but a profile asks for the gradient of x."""
+    fused = FusedResidualStack([4] * 4)
+    x = torch.randn(5, 4, requires_grad=requires_grad)
+    ours, theirs = gradient_profile(fused, x), gradient_profile(fused.to_eager(), x)
+    layers = [*(["layers.0"] if requires_grad else []), "layers.1", "layers.2", "output"]
+    assert list(ours.inputs) == list(theirs.inputs) == layers
+    for layer in layers:
+        assert ours.inputs[layer].statistics.norm == pytest.approx(theirs.inputs[layer].statistics.norm, rel=1e-4)
+    assert x.grad is None

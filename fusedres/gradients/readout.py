@@ -133,7 +133,8 @@ def measure(
         # The forward sees copies of the buffers, so that running statistics move in the copies.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         loss = _loss(torch.func.functional_call(model, buffers, (x,)), target, loss_fn)
-        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+        wanted = [*parameters.values(), *([x] if x.requires_grad else [])]  # a network computes what is asked for
+        gradients = torch.autograd.grad(loss, wanted, materialize_grads=True)[: len(parameters)]
     dense = (g.to_dense() if g.is_sparse else g for g in gradients)
     return loss.item(), by_layer(model, dict(zip(parameters, dense, strict=True)))
 
