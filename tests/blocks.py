@@ -76,6 +76,7 @@ WRITINGS = {
     "minus-x": (minus, ["-1 x + x Wᵀ + b"]),
     "from-x": (from_x, ["x + -0.5 tanh(x Wᵀ + b)"]),
     "projection": (lambda m, x: m.project(x) + F.gelu(m.fc1(x)), ["(x Pᵀ + p) + gelu(x Wᵀ + b)"]),
+    "projection-of-another": (lambda m, x: m.project(m.norm(x)) + F.gelu(m.fc1(x)), ["s + gelu(x Wᵀ + b)"]),
     "two-products": (lambda m, x: m.project(x) + m.fc1(x), ["(x Pᵀ + p) + x Wᵀ + b"]),
     "concat": (lambda m, x: torch.cat([x, F.relu(m.down(x))], dim=-1), ["[x, relu(x Wᵀ + b)]"]),
     "concat-scaled": (lambda m, x: torch.cat((m.lam * x, m.down(x)), -1), ["[λ x, x Wᵀ + b]"]),

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from mutations_fusing import FUSING
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -783,6 +785,9 @@ MUTATIONS |= {
         "tests/tolerances.py", "max_error=4.0", "max_error=5.0", "test_readme.py -k rules"
     ),
 }
+
+for _name, (_file, _right, _wrong, *_tests) in FUSING.items():
+    MUTATIONS[_name] = Mutation(f"fusedres/fusing/{_file}", _right, _wrong, *(_tests or ["test_fuse.py"]))
 
 
 def survives(mutation: Mutation) -> bool:
