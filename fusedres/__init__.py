@@ -1,5 +1,8 @@
 """Residual layers y = λ s(x) + a φ(x Wᵀ + b), fused forward and backward, and how gradient reaches them."""
 
+from . import requirement  # noqa: F401 : first, as it raises
+
+# isort: split
 from . import functional, reference
 from .dispatch import batch_invariant, eager
 from .explanation import explain

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # room -> rooms it may import, besides itself
 ARROWS = {
+    "requirement": set(),
     "kernels": set(),
     "philox": set(),
     "toolchain": set(),
@@ -80,6 +81,7 @@ ARROWS = {
     "warming": {"dispatch"},
     "studies": {"functional", "reference", "gradients", "modules", "residual", "stack", "dispatch", "explanation", ""},
     "cli": {
+        "requirement",
         "kernels",
         "toolchain",
         "native",
@@ -96,6 +98,7 @@ ARROWS = {
     "__main__": {"cli"},
     # fusedres/__init__.py
     "": {
+        "requirement",
         "functional",
         "reference",
         "dispatch",

@@ -74,12 +74,17 @@ def _line(fact: Any) -> str:
 def _versions() -> dict[str, Any]:
     import torch
 
-    from .. import __version__
+    from .. import __version__, requirement
 
     return {
         "fusedres": {"version": __version__, "path": str(Path(__file__).parent.parent)},
         "python": {"version": platform.python_version(), "path": sys.executable},
-        "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
+        "torch": {
+            "version": torch.__version__,
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+            "tested": requirement.TESTED,
+        },
         "triton": _said(lambda: {"version": import_module("triton").__version__}),
         "system": platform.platform(),
     }
