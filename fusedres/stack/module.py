@@ -170,8 +170,9 @@ class FusedResidualStack(nn.Module):
             return Described(self._description, self._tensors()).watch(self.watch)(x, self.training)
         bound = self._bound
         if bound is None or not bound.is_current:
-            network, origins = Described(self._description, self._tensors()), self._origins()
-            bound = _Bound(network, origins or [])
+            tensors = self._tensors()  # once: each look at a parametrized one computes it
+            origins = self._origins(tensors)
+            bound = _Bound(Described(self._description, tensors), origins or [])
             self.__dict__["_bound"] = bound if origins else None
         if self.watch != bound.network.watched:
             bound.network.watch(self.watch)
@@ -232,8 +233,8 @@ class FusedResidualStack(nn.Module):
         scales = [one[name] if name in one else None for one in (self.skip_scales, self.branch_scales)]  # noqa: SIM401
         return linear.weight, linear.bias, weight, bias, *scales
 
-    def _origins(self) -> list[tuple[Mapping[str, Any], str, Any]] | None:
-        """Where tensors and what holds them stand: (place, name, what); None where a tensor is computed anew."""
+    def _origins(self, tensors: Sequence[Tensor]) -> list[tuple[Mapping[str, Any], str, Any]] | None:
+        """Where the tensors and what holds them stand: (place, name, what); None where a tensor is computed anew."""
         found: list[tuple[Mapping[str, Any], str, Any]] = []
 
         def stands(module: nn.Module, name: str) -> Any:
@@ -261,10 +262,18 @@ class FusedResidualStack(nn.Module):
                 for one in names:
                     stands(owner, one)
         ids = {id(what) for _, _, what in found}
-        return found if all(id(one) in ids for one in self._tensors()) else None
+        return found if all(id(one) in ids for one in tensors) else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_bound", "watch")}
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self._let_go()
+        return super()._apply(*arguments, **options)
+
+    def _let_go(self) -> None:
+        """Before tensors may change places with others, as torch.utils.swap_tensors does: nobody else may hold them."""
+        self.__dict__["_bound"] = None
 
     # ------------------------------------------------------------------------------------------ by layer
 
@@ -334,6 +343,7 @@ class FusedResidualStack(nn.Module):
         """Stacks the slices that there are; a layer whose slice is missing keeps its own."""
         if faults := self._faults(state_dict, prefix, is_missing_fine=True):
             raise RuntimeError(_told(self, faults))
+        self._let_go()
         for run in self.runs.values():
             for kind, name in _NAMES.items():
                 if getattr(run, kind) is None:
