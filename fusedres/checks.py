@@ -52,7 +52,7 @@ def facts(
     x, weight, bias, residual, projection_weight, projection_bias, _, _, _ = given
     is_plain = residual is projection_weight is projection_bias is None
     is_plain = is_plain and type(skip_scale) is type(branch_scale) is type(options[4]) is float  # True equals 1.0
-    if not is_plain or torch.compiler.is_compiling():
+    if not is_plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     try:
         about_weight = (weight.shape, weight.dtype, weight.device)

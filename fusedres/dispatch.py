@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -42,6 +44,9 @@ transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", la
 modes_in_force = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # 0.5 µs less than of one device
 is_legacy_batch = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
+
+# Of sizes that checks read while torch.jit.trace records: parameters fix them. torch does the same for its own modules.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"fusedres\.")
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ def choose(device: torch.device, dtype: torch.dtype, is_empty: bool) -> Eager | 
         return Eager("fusedres.eager() is in force")
     if is_empty:
         return Eager("an empty tensor leaves a kernel nothing to do")
+    if torch.jit.is_tracing():
+        return Eager("torch.jit.trace records PyTorch's own operations, which run wherever TorchScript does")
     if transforms_are_active():
         if torch.compiler.is_compiling():
             return Eager("torch.compile traces torch.func's transforms through PyTorch's own operations")
@@ -120,7 +127,7 @@ def choose(device: torch.device, dtype: torch.dtype, is_empty: bool) -> Eager | 
 def backend(device: torch.device, dtype: torch.dtype) -> Eager | Triton | Native:
     """What this device has for this dtype, whatever switches and transforms are in force."""
     if torch.compiler.is_compiling():
-        return _constant_backend(device.type, device.index, dtype)
+        return _traced_backend(device.type, device.index, dtype)
     return _cached_backend(device, dtype)
 
 
@@ -141,9 +148,15 @@ def _constant_backend(device_type: str, index: int | None, dtype: torch.dtype) -
     return _backend(device_type, index, dtype, os.environ.get("TRITON_INTERPRET") == "1")
 
 
+def _traced_backend(device_type: str, index: int | None, dtype: torch.dtype) -> Eager | Triton | Native:
+    if torch.onnx.is_in_onnx_export():
+        return Eager("ONNX has PyTorch's own operations, and no fused layer")
+    return _constant_backend(device_type, index, dtype)
+
+
 # torch.compile is to call it, not to trace it, and finds the mark on a plain function only, not on a cached one.
 # torch.compiler.assume_constant_result sets it too, but imports torch._dynamo, and so triton, for a second.
-_constant_backend.__dict__["_dynamo_marked_constant"] = True
+_traced_backend.__dict__["_dynamo_marked_constant"] = True
 
 
 @lru_cache(maxsize=256)
@@ -189,7 +202,8 @@ def has_brgemm(dtype: torch.dtype) -> bool:
     from .kernels.cpu import launch
 
     bit = {torch.float32: 1, torch.bfloat16: 2}.get(dtype, 0)
-    return bool(launch.capabilities() & bit)
+    with ThreadPoolExecutor(1) as thread:  # where no tracer looks on, which would take the question into its program
+        return bool(thread.submit(launch.capabilities).result() & bit)
 
 
 def layer_way(operands: Operands, spec: LayerSpec, dtype: torch.dtype) -> Way | Eager:

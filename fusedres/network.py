@@ -46,6 +46,7 @@ class Network:
     """y = f_L(… f_1(x)), every layer of `functional.residual_linear`'s formula: x [..., d₀] -> [..., d_L].
 
     Bound to its tensors, and seeing whatever becomes of them: gradients, in-place updates, `load_state_dict`, `.to`.
+    Once called, it holds them, so that `torch.utils.swap_tensors` refuses them.
 
     Args:
         weights: W of every layer, [N, K]; or [L, N, N] for a run of L layers, whose bias is [L, N], λ [L], a [L] or
@@ -148,7 +149,7 @@ class Network:
             key = (x.numel(), x.dtype)
             known = self._known.get(key, _UNKNOWN)
             if known is _UNKNOWN:
-                known = self._remember(key, *self._choose(x))
+                known = self._remember(key, x)
             if known is None:
                 return self._general_call(x, training)
             way, keeps = known
@@ -160,9 +161,10 @@ class Network:
             network_checks.check(x, self.spec, self._tensors, False)  # where it is the caller's mistake, in their words
             raise
 
-    def _remember(
-        self, key: tuple[int, torch.dtype], choice: Eager | Native | Triton, way: Way | None, keeps: bool
-    ) -> tuple[int, bool] | None:
+    def _remember(self, key: tuple[int, torch.dtype], x: Tensor) -> tuple[int, bool] | None:
+        if torch.jit.is_tracing():  # sizes are tensors then, and no two calls have the same
+            return None
+        choice, way, keeps = self._choose(x)
         if len(self._known) >= 256:
             self._known.clear()
         self._known[key] = known = None

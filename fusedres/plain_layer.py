@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.jit import is_tracing
 from torch.nn import Parameter
 
 from . import checks, dispatch, explanation, philox
@@ -102,6 +103,8 @@ def _remember(
     options: tuple[Any, ...],
 ) -> _Known | None:
     """Raises what `checks.described` does."""
+    if is_tracing():  # sizes are tensors then, and no two calls have the same
+        return None
     if len(_KNOWN) >= _MOST:
         _KNOWN.pop(next(iter(_KNOWN)), None)  # the oldest
     known = None

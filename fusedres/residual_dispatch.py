@@ -24,6 +24,8 @@ def choose(terms: Terms, spec: LayerSpec) -> Eager | Triton | Native:
     branch, x, branch_scale, skip_scale, _ = terms
     if dispatch.is_eager_forced():
         return Eager("fusedres.eager() is in force")
+    if torch.jit.is_tracing():
+        return Eager("torch.jit.trace records PyTorch's own operations, which run wherever TorchScript does")
     drops = spec.drop_path > 0
     if branch_scale is skip_scale is None and not drops and is_one_pass(terms, spec):
         return Eager("PyTorch's addition is one pass already, and there is no sum to take in backward")

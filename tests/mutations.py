@@ -23,6 +23,7 @@ STACK = "test_stack_kernels.py"
 DESCRIBED = "test_persistent.py"
 WEIGHT = "test_weight_gradient.py"
 NARROW = "kernels/triton/layer_narrow.py"
+COMPILERS, TRAINING = "test_tools_compilers.py", "test_tools_training.py"
 SUM = "test_residual.py -k not compiled and not opcheck"
 
 
@@ -783,6 +784,42 @@ MUTATIONS |= {
     "docs: a page that is not there": Mutation("docs/index.md", "(stack.md)", "(stacks.md)", "test_readme.py -k build"),
     "docs: a rule of another test": Mutation(
         "tests/tolerances.py", "max_error=4.0", "max_error=5.0", "test_readme.py -k rules"
+    ),
+    "tools: the engine is asked within a program": Mutation(
+        "fusedres/dispatch.py",
+        "thread.submit(launch.capabilities).result()",
+        "launch.capabilities()",
+        f"{COMPILERS} -k no_question",
+    ),
+    "tools: ONNX is given fused layers": Mutation(
+        "fusedres/dispatch.py", "if torch.onnx.is_in_onnx_export():", "if False:", f"{COMPILERS} -k onnx and dynamo"
+    ),
+    "tools: ONNX is given slices for parameters": Mutation(
+        "fusedres/stack/module.py", "if torch.onnx.is_in_onnx_export():", "if False:", f"{COMPILERS} -k torchscript"
+    ),
+    "tools: TorchScript is given fused layers": Mutation(
+        "fusedres/dispatch.py", "if torch.jit.is_tracing():", "if False:", f"{COMPILERS} -k test_traced"
+    ),
+    "tools: TorchScript is given fused sums": Mutation(
+        "fusedres/residual_dispatch.py", "if torch.jit.is_tracing():", "if False:", f"{COMPILERS} -k with_every"
+    ),
+    "tools: tracing warns": Mutation(
+        "fusedres/dispatch.py", 'module=r"fusedres', 'module=r"fused', f"{COMPILERS} -k word"
+    ),
+    "tools: a converted stack is still bound": Mutation(
+        "fusedres/stack/module.py",
+        "self._let_go()\n        return",
+        "return",
+        f"{TRAINING} -k change_places",
+    ),
+    "tools: a loaded stack is still bound": Mutation(
+        "fusedres/stack/module.py", "self._let_go()\n        for", "for", f"{TRAINING} -k change_places"
+    ),
+    "tools: a parametrized weight is computed twice": Mutation(
+        "fusedres/stack/module.py", "for one in tensors) else None", "for one in self._tensors()) else None", TRAINING
+    ),
+    "tools: a pre-release of the oldest torch is refused": Mutation(
+        "fusedres/requirement.py", ">= OLDEST:", "> OLDEST:", "test_requirement.py"
     ),
 }
 

@@ -315,6 +315,8 @@ class FusedResidualStack(nn.Module):
         """By the names of eager; what belongs to a run are slices, which share its memory."""
         prefix = args[1] if len(args) > 1 else prefix  # as torch once passed it
         found = super().state_dict(*args[:1], prefix=prefix, **kwargs)
+        if torch.onnx.is_in_onnx_export():  # whose TorchScript exporter looks among these for the parameters themselves
+            return found
         layered = self.by_layer(found, prefix)
         found.clear()
         found.update(layered)
