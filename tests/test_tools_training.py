@@ -30,6 +30,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
 
+from fusedres import FusedResidualLinear, FusedResidualStack
+from fusedres.reference import ShapeGatedStack
+
 pytestmark = pytest.mark.backends("cpu")
 
 SAME_BITS = {"rtol": 0.0, "atol": 0.0}
@@ -54,21 +57,36 @@ def loss_of(y: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- precision
 
 
-@pytest.mark.launches_nothing  # unlike dtypes, see tests/test_cpu.py for like ones
+def autocast_pair(kind: str, last: int) -> tuple[nn.Module, nn.Module]:
+    """WIDTH to last columns, without parameters that promote: in the end only a skip does."""
+    plain = ShapeGatedStack([WIDTH, last] if kind == "layer" else [WIDTH, WIDTH, WIDTH, last])
+    if kind == "stack":
+        return FusedResidualStack.from_eager(plain), plain
+    fused = FusedResidualLinear(WIDTH, last)
+    fused.load_state_dict(plain.layers[0][0].state_dict())
+    return nn.ModuleList([nn.ModuleList([fused])]), plain  # named as the plain one
+
+
+@pytest.mark.launches_nothing  # operands of unlike dtypes, see tests/test_cpu.py for like ones
+@pytest.mark.parametrize("x_dtype", ["float32", "low"])
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last", [WIDTH, 4])
 @every_kind
-def test_autocast_gives_the_dtypes_of_unfused_code(kind, low, backend):
-    fused, plain = pair(kind)
-    x = torch.randn(5, WIDTH)
-    found = {}
-    for model in (fused, plain):
+def test_autocast_gives_the_dtypes_of_unfused_code(kind, last, low, x_dtype, backend):
+    fused, plain = autocast_pair(kind, last)
+    call = fused if kind == "stack" else fused[0][0]
+    x = torch.randn(5, WIDTH, dtype=torch.float32 if x_dtype == "float32" else low)
+    found = []
+    for model in (call, plain):
         given = x.clone().requires_grad_()
         with torch.autocast("cpu", low):
             y = model(given)
-            loss_of(y.float()).backward()
-        found[model] = {"y": y.detach(), "dx": given.grad}
-    check = {"rtol": 8 * torch.finfo(low).eps, "atol": 8 * torch.finfo(low).eps}
-    check_same(found[fused] | gradients(fused), found[plain] | twin_gradients(plain), check)  # dtypes included
+        loss_of(y.float()).backward()
+        found.append({"y": y.detach(), "dx": given.grad})
+    assert found[1]["y"].dtype == (torch.float32 if last == WIDTH and x_dtype == "float32" else low)
+    close = {"rtol": 8 * torch.finfo(low).eps, "atol": 8 * torch.finfo(low).eps}
+    own = gradients(fused) if kind == "stack" else {f"layers.{n}": p.grad for n, p in fused.named_parameters()}
+    check_same(found[0] | own, found[1] | twin_gradients(plain), close)  # dtypes included
 
 
 @every_kind
@@ -384,6 +402,7 @@ def test_a_dataset_that_calls_a_fused_module(kind, start, backend, two_threads):
     large = torch.randn(20_000, WIDTH, requires_grad=True)
     loss_of(module(large)).backward()
     rows = Rows(module)
-    loader = DataLoader(rows, batch_size=4, num_workers=2, multiprocessing_context=start, timeout=100)
+    workers = 2 if start == "fork" else 1  # which imports torch anew
+    loader = DataLoader(rows, batch_size=4, num_workers=workers, multiprocessing_context=start, timeout=100)
     found = torch.cat(list(loader))
     assert torch.equal(found, torch.stack([rows[i] for i in range(len(rows))]))
