@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from pairs import OPERATORS, SINGLE, WIDTH, every_kind, fused_module, gradients, pair
@@ -132,6 +131,12 @@ def test_packaged_by_aotinductor(backend, dynamo, tmp_path):  # noqa: F811
 # ---------------------------------------------------------------------------------------------- ONNX
 
 
+@pytest.fixture
+def onnx() -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[test]'")
+
+
 def check_onnx(path: Path, model: Callable[[Tensor], Tensor], columns: int) -> set[str]:
     """What stands in path gives the model's numbers for any batch, by ONNX's own operators, which are returned."""
     import onnx
@@ -146,7 +151,7 @@ def check_onnx(path: Path, model: Callable[[Tensor], Tensor], columns: int) -> s
         x = torch.randn(rows, columns)
         (found,) = session.run(None, {"x": x.numpy()})
         with torch.no_grad():
-            np.testing.assert_allclose(found, model(x).numpy(), **SINGLE)
+            assert_close(torch.from_numpy(found), model(x), **SINGLE)
     return {node.op_type for node in written.graph.node}
 
 
@@ -158,7 +163,7 @@ EXPORTERS = {"dynamo": {"dynamo": True, "dynamic_shapes": ROWS}, "torchscript": 
 @quietly
 @pytest.mark.parametrize("exporter", EXPORTERS)
 @every_kind
-def test_onnx(kind, exporter, backend, tmp_path):
+def test_onnx(kind, exporter, onnx, backend, tmp_path):
     fused, plain = (within(one).eval() for one in pair(kind))
     x = torch.randn(5, 3)
     fused(x)  # which stands in no way of an export
@@ -185,7 +190,7 @@ class Every(nn.Module):
         return torch.cat([layer(x) for layer in self.layers], -1)
 
 
-def test_onnx_of_every_option(backend, tmp_path):
+def test_onnx_of_every_option(onnx, backend, tmp_path):
     model = Every().eval()
     options = {"input_names": ["x"], **EXPORTERS["dynamo"]}
     torch.onnx.export(model, (torch.randn(5, WIDTH),), tmp_path / "model.onnx", verbose=False, **options)
@@ -193,7 +198,7 @@ def test_onnx_of_every_option(backend, tmp_path):
 
 
 @every_kind
-def test_onnx_of_a_program_exported_before(kind, backend, tmp_path):
+def test_onnx_of_a_program_exported_before(kind, onnx, backend, tmp_path):
     fused, plain = (one.eval() for one in pair(kind))
     with fusedres.eager():
         program = torch.export.export(fused, (torch.randn(5, WIDTH),), dynamic_shapes=ROWS)
