@@ -19,7 +19,6 @@ from fusedres import FusedResidualLinear, Residual, dispatch
 
 pytestmark = pytest.mark.backends("cpu")
 
-SAME_BITS = {"rtol": 0.0, "atol": 0.0}
 BATCHES = (5, 2, 70)
 ROWS = ({0: torch.export.Dim("rows")},)
 
