@@ -246,7 +246,7 @@ def _uncompiled() -> AbstractContextManager[object]:
 
 def _entering(name: str) -> Callable[..., None]:
     def enter(*_: object) -> None:
-        _names.append(name.removeprefix("_orig_mod."))
+        _names.append(name.removeprefix("_orig_mod").lstrip("."))
 
     return _only_looking(enter)
 

@@ -91,7 +91,6 @@ WRITINGS = {
         lambda m, x: x + (lambda z: z * 0.5 * (1 + torch.erf(z / math.sqrt(2))))(m.fc(x)),
         ["x + gelu(x Wᵀ + b)"],
     ),
-    "written-out-relu": (lambda m, x: x + m.fc(x).clamp(min=0), ["x + relu(x Wᵀ + b)"]),
     "gelu-new": (lambda m, x: x + GeluNew()(m.fc(x)), ["x + gelu_tanh(x Wᵀ + b)"]),
     "sum-of-three": (lambda m, x: m.norm(x) + m.net(x) + x, ["s + silu(x Wᵀ + b)"]),
     "shape-gated": (lambda m, x: x + m.fc(x) if m.fc(x).shape == x.shape else m.fc(x), ["x + x Wᵀ + b"]),

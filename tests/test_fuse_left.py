@@ -86,16 +86,16 @@ def asks_for_gradients(m, x):
 
 
 FORWARDS = {
-    counts: r"its forward changes Own\.calls",
-    remembers: r"its forward changes Own\.seen",
-    draws: "its forward changes a random state",
-    without_gradients: "its forward switches gradients, autocast or what is saved for backward",
-    in_other_precision: "its forward switches gradients, autocast or what is saved for backward",
+    counts: "its forward changes what outlives a call, or a part of something, in counts",
+    remembers: r"its forward reads Own\.seen, an object that may change inside",
+    draws: "its forward draws from random",
+    without_gradients: "its forward enters a context",
+    in_other_precision: "its forward enters a context",
     asks_a_value: "its forward decides something by the values of a tensor",
     asks_rows: "its forward decides something by the values of a tensor, or by sizes that only a call tells",
     asks_kind: "its forward asks what a value is that only a call decides",
-    catches: "its forward decides something by the values of a tensor",
-    asks_for_gradients: "its forward asks whether gradients are wanted",
+    catches: "its forward catches exceptions",
+    asks_for_gradients: "its forward asks for requires_grad of a value that only a call decides",
 }
 
 

@@ -22,7 +22,10 @@ from ..kernels.spec import LayerSpec, Operands
 from .patterns import Match, Shape, find
 from .rewriting import options, rewrite, without_idle_dropout
 
-_AUTOCAST = {"_enter_autocast", "_exit_autocast"}
+_FOREIGN = {  # autocast, in which the operator does not cast, and torch.func's levels
+    "_enter_autocast", "_exit_autocast", "_vmap_increment_nesting", "_grad_increment_nesting",
+    "_jvp_increment_nesting", "_enter_dual_level",
+}  # fmt: skip
 _OPERATOR = torch.ops.fusedres.residual_linear.default
 
 
@@ -67,16 +70,21 @@ def _rewritten(module: GraphModule) -> GraphModule | None:
         def put(match: Match, tensors: tuple[Any, ...], scales: tuple[Any, ...]) -> Node:
             values = [_value(one) for one in match.operands]
             keep = torch.is_grad_enabled() and any(value.requires_grad for value in values)
-            learned = [one if isinstance(one, Node) else None for one in scales]
+            learned = [_scalar(graph, one) if isinstance(one, Node) else None for one in scales]
             given = (*tensors, *learned, None, *found[match].spec, keep)
             return graph.call_function(operator.getitem, (graph.call_function(_OPERATOR, given), 0))
 
-        rewrite(graph, list(found), _shape, put)
+        rewrite(graph, list(found), put)
         copied.recompile()
     except Exception as error:
         warnings.warn(_as_written("looking for layers failed", error), RuntimeWarning, stacklevel=3)
         return None
     return copied if found else None
+
+
+def _scalar(graph: torch.fx.Graph, scale: Node) -> Node:
+    """A learned scale [1] as []: they all have one dtype here."""
+    return graph.call_method("reshape", (scale, ())) if _shape(scale) == (1,) else scale
 
 
 def _as_written(what: str, error: Exception) -> str:
@@ -102,7 +110,7 @@ class Layer(NamedTuple):
 def layers_of(module: GraphModule) -> list[Layer]:
     """The layers of a captured graph that kernels take."""
     names = {str(getattr(node.target, "__name__", "")) for node in module.graph.nodes}
-    if names & _AUTOCAST or dispatch.is_any_autocast_enabled():  # the operator does not cast
+    if names & _FOREIGN or dispatch.is_any_autocast_enabled():
         return []
     described: dict[Match, Layer | None] = {}
 
@@ -120,9 +128,15 @@ def _value(one: Any) -> Any:
 
 def _shape(node: Node) -> Shape | None:
     value = _value(node)
-    if not isinstance(value, Tensor) or not all(type(size) is int for size in value.shape):
+    if not isinstance(value, Tensor):
         return None
-    return tuple(value.shape)
+    sizes = tuple(_as_int(size) for size in value.shape)
+    return None if None in sizes else cast(Shape, sizes)
+
+
+def _as_int(size: Any) -> int | None:
+    """A size that is a number, or a symbol that has become one."""
+    return size if type(size) is int else size.node.maybe_as_int()
 
 
 def _described(match: Match) -> Layer | None:
@@ -150,7 +164,7 @@ def _described(match: Match) -> Layer | None:
 
 def _one_row(value: Tensor | None) -> Tensor | None:
     """Of rows [..., K]: how many there are may be a symbol, and is compared elsewhere."""
-    return None if value is None else value.new_empty((1, value.shape[-1]))
+    return None if value is None else value.new_empty((1, cast(int, _as_int(value.shape[-1]))))
 
 
 def _is_of_rows(match: Match) -> bool:
@@ -159,7 +173,7 @@ def _is_of_rows(match: Match) -> bool:
 
     x, weight, end = _value(match.x), _value(match.weight), _value(match.end)
     skip = x if match.residual is None else _value(match.residual)
-    if x.dim() == 0 or not all(type(one.shape[-1]) is int for one in (x, skip)):
+    if x.dim() == 0 or not all(one.dim() > 0 and _as_int(one.shape[-1]) for one in (x, skip)):
         return False
     width = weight.shape[0] + (skip.shape[-1] if match.skip == "concat" else 0)
     expected = (*x.shape[:-1], width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import explanation, functional
+from ..dispatch import is_any_autocast_enabled
 from ..reference import MODULES
 
 
@@ -26,6 +28,11 @@ def layer(
 ) -> Tensor:
     """`functional.layer`, of the linear layer that is called so in the model."""
     tensors = (x, weight, bias, residual, projection_weight, projection_bias)
+    if type(skip_scale) is not float or type(branch_scale) is not float:
+        of_skip, of_branch = _as_scalar(skip_scale, x), _as_scalar(branch_scale, x)
+        if of_skip is None or of_branch is None:
+            return _as_written(*tensors, skip_scale, branch_scale, options)
+        skip_scale, branch_scale = of_skip, of_branch
     try:
         if explanation.is_listening():
             with explanation.part(name):
@@ -33,6 +40,22 @@ def layer(
         return functional.layer(*tensors, skip_scale, branch_scale, options)
     except (TypeError, ValueError, NotImplementedError):  # a residual that is broadcast, dtypes that promote, jvp
         return _as_written(*tensors, skip_scale, branch_scale, options)
+    except RuntimeError:
+        if x.is_nested or any(one is not None and one.layout is not torch.strided for one in tensors):
+            return _as_written(*tensors, skip_scale, branch_scale, options)
+        raise
+
+
+class NothingReturned(Exception):
+    """A child gave None, of which a recording knows nothing."""
+
+
+def child(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a child returns that is called as it is."""
+    result = module(*args, **kwargs)
+    if result is None:
+        raise NothingReturned
+    return result
 
 
 def _as_written(
@@ -60,6 +83,15 @@ def _as_written(
         return torch.cat([_scaled(s, skip_scale), branch], -1)
     total = _scaled(s, skip_scale) + branch
     return phi(total) if order == "post" else total
+
+
+def _as_scalar(scale: float | Tensor, x: Tensor) -> float | Tensor | None:
+    """A scale [1] as []; None where it takes part in promotion as it is, and would not as a scalar."""
+    if not isinstance(scale, Tensor) or scale.dim() == 0:
+        return scale
+    if scale.dtype != x.dtype or is_any_autocast_enabled():
+        return None
+    return scale.reshape(()) if scale.numel() == 1 else scale
 
 
 def _scaled(value: Tensor, scale: float | Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
+from torch.nn.parameter import is_lazy
 
 from . import patterns
 from .linears import why_left
 from .rewriting import without_idle_dropout
-from .stand_ins import Untraceable
 from .tracing import Trace, trace
+from .values import Untraceable
 
 NOTHING_FOLLOWS = "no activation and no addition follows it that a fused layer has"
 
@@ -44,7 +45,7 @@ def why_not(graph: Graph, matches: list[patterns.Match]) -> dict[str, str]:
     inside = {node for match in matches for node in match.inside}
     found: dict[str, str] = {}
     for node in graph.nodes:
-        if patterns.is_linear(node) and node not in inside and (name := owner(node.args[1])) is not None:
+        if patterns.is_linear(node) and node not in inside and (name := owner(patterns.arguments(node)[1])) is not None:
             drops = [user for user in node.users if user.target is F.dropout]
             found[name] = (
                 "dropout stands between it and what follows"
@@ -89,7 +90,12 @@ def _is_allowed(match: patterns.Match, module: nn.Module) -> bool:
 
 def shapes_of(module: nn.Module) -> patterns.ShapeOf:
     """The shapes of a module's parameters and buffers, as they are and transposed."""
-    shapes = {name: tuple(t.shape) for kind in (module.named_parameters, module.named_buffers) for name, t in kind()}
+    shapes = {
+        name: tuple(tensor.shape)
+        for kind in (module.named_parameters, module.named_buffers)
+        for name, tensor in kind()
+        if not is_lazy(tensor)
+    }
 
     def shape_of(node: Node) -> patterns.Shape | None:
         if node.op == "call_method" and node.target == "t" and isinstance(node.args[0], Node):

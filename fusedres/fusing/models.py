@@ -27,6 +27,7 @@ def fuse_(model: nn.Module) -> FuseReport:
     outside the model is changed. Layers are found in what a forward does, however it is written, once for each kind of
     call (which arguments are there, training or not, options); for a kind that cannot be recorded, for a module that
     has got hooks inside, and under torch.compile, torch.export and torch.jit.trace, the author's forward runs.
+    torch.jit.script needs the author's classes: `unfuse_` first.
 
     A forward is taken to depend on its arguments, its modules' attributes and parameters, and nothing else.
 
@@ -91,8 +92,7 @@ def _planned(model: nn.Module) -> tuple[Planned, dict[str, str]]:
         plans = Plans()
         modes = _in_both_modes(module, plans)
         if any(modes.values()):
-            plans = Plans()
-            plans.takes_childrens = True
+            plans = Plans(takes_childrens=True)
             modes = _in_both_modes(module, plans)
             planned.append((name, module, plans, modes))
             covered |= {part for plan in modes.values() if plan for path, part in plan.trace.inlined.items() if path}
@@ -130,6 +130,9 @@ def _refused(module: nn.Module) -> str | None:
         return "it is scripted"
     if "forward" in vars(module):
         return "its forward was replaced"
+    own = next((cls for cls in type(module).__mro__ if "__init_subclass__" in vars(cls) and cls is not object), None)
+    if own is not None and not own.__module__.startswith(("transformers.", "typing", "abc")):
+        return f"{own.__name__} has an __init_subclass__, which a class over it would call"
     return None
 
 

@@ -20,7 +20,13 @@ _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _SUB = {operator.sub, operator.isub, torch.sub, "sub", "sub_"}
 _MUL = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _CAT = {torch.cat, torch.concat, torch.concatenate}
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+_IN_PLACE = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.setitem, "__setitem__",
+    F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm,
+}  # fmt: skip
+# where blocks begin and end, in which the same operations mean something else
+_BLOCKS = ("_set_", "set_", "_enter_", "_exit_", "_vmap_", "_grad_", "_jvp_", "_make_dual")
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def _match(
     linear: Node, start: tuple[str, float, Node], shape_of: ShapeOf, admits: Callable[[Match], bool]
 ) -> Match | None:
     """The longest layer that begins at this product, or None where it is no more than a product."""
-    x, weight, bias = _arguments(linear)
+    x, weight, bias = arguments(linear)
     shape = shape_of(weight)
     if not isinstance(x, Node) or shape is None or len(shape) != 2:
         return None
@@ -129,7 +135,7 @@ def _match(
     return next(filter(admits, reversed(candidates)), None)
 
 
-def _arguments(linear: Node) -> tuple[Node, Node, Node | None]:
+def arguments(linear: Node) -> tuple[Node, Node, Node | None]:
     """x, weight and bias of a product."""
     names = ("input", "weight", "bias")
     given: dict[str, Any] = dict(zip(names, linear.args, strict=False)) | dict(linear.kwargs)
@@ -146,7 +152,7 @@ def _scaled(match: Match, N: int, shape_of: ShapeOf) -> Match:
     if user is None or user.target not in _MUL or match.branch_scale != 1.0:
         return match
     scale = _other(user, match.end)
-    if not isinstance(scale, Node) or shape_of(scale) not in ((), (1,), (N,)):
+    if not isinstance(scale, Node) or scale in match.inside or shape_of(scale) not in ((), (1,), (N,)):
         return match
     return replace(match, branch_scale=scale, end=user, inside=match.inside | {user})
 
@@ -157,7 +163,7 @@ def _summed(match: Match, shape: Shape, shape_of: ShapeOf) -> Match | None:
     if user is None or user.target not in _ADD | _SUB or user.kwargs.get("alpha", 1) != 1 or len(user.args) != 2:
         return None
     skip = _other(user, match.end)
-    if not isinstance(skip, Node):
+    if not isinstance(skip, Node) or skip in match.inside:
         return None
     if _is_in_place(user) and user.args[0] is skip and not _is_fresh(skip, user):
         return None
@@ -182,7 +188,7 @@ def _concatenated(match: Match, shape: Shape, shape_of: ShapeOf) -> Match | None
         return None
     longer = replace(match, end=user, inside=match.inside | {user})
     skip = tensors[0]
-    if not isinstance(skip, Node):
+    if not isinstance(skip, Node) or skip in match.inside:
         return None
     longer = _with_skip(longer, skip, 1.0, user, shape, shape_of)
     return replace(longer, skip="concat")
@@ -201,7 +207,7 @@ def _with_skip(match: Match, skip: Node, sign: float, user: Node, shape: Shape, 
     if skip is match.x:
         return replace(match, skip="identity", skip_scale=scale)
     if is_linear(skip) and len(skip.users) == 1 and user.target not in _CAT:
-        x, weight, bias = _arguments(skip)
+        x, weight, bias = arguments(skip)
         if x is match.x and shape_of(weight) == shape:
             return replace(
                 match, skip="projection", skip_scale=scale, projection_weight=weight, projection_bias=bias,
@@ -233,6 +239,9 @@ def _is_in_place(node: Node) -> bool:
     """Whether a node changes one of its arguments."""
     if node.kwargs.get("inplace") is True or "out" in node.kwargs or node.target in _IN_PLACE:
         return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__")
 
@@ -248,12 +257,12 @@ def _is_fresh(node: Node, changed_by: Node) -> bool:
 
 def _is_safe(match: Match, place: dict[Node, int]) -> bool:
     """Whether everything may be computed where y is: nothing on the way there changes what it reads."""
-    read = set(match.operands)
     first = min(place[node] for node in match.inside)
     for node, i in place.items():
         if not first < i < place[match.end] or node in match.inside:
             continue
-        touches = read & set(node.all_input_nodes)
-        if _is_in_place(node) or (touches and node.op == "call_module" and not node.meta.get("is_pure")):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        is_call = node.op == "call_module" and not node.meta.get("is_pure")  # of what may change anything
+        if _is_in_place(node) or is_call or (node.op != "placeholder" and name.startswith(_BLOCKS)):
             return False
     return True

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, Node, Proxy
 
 from . import calls
 from .layers import layers_of, owner, shapes_of, why_not
 from .patterns import Match
 from .rewriting import options, rewrite
-from .stand_ins import SCALARS, Untraceable
+from .stand_ins import ambient_state
+from .values import Untraceable, kind
 from .watch import Watch
 
-_MOST = 16  # kinds of calls of one module, after which its author's forward runs those not met before
+_RECORDING = threading.RLock()
+_MOST = 32  # kinds of calls of one module, after which its author's forward runs those not met before
 _UNMET: Any = object()
 
 
@@ -56,22 +59,22 @@ class Plan:
             def put(match: Match, tensors: tuple[Any, ...], scales: tuple[Any, ...]) -> Node:
                 return graph.call_function(calls.layer, (*tensors, *scales, options(match), names[match]))
 
-            rewrite(graph, self.matches, shape_of, put)
+            rewrite(graph, self.matches, put)
             self.run, self.places = _function(graph, module)
 
     def standing(self) -> list[Any] | None:
         """The parameters and the called children, where they stand now; None where one stands there no more."""
         try:
-            return [place[name] for place, name in self.places]
+            return [own[kind][name] for own, kind, name in self.places]
         except KeyError:
             return None
 
 
-def _function(graph: Graph, module: nn.Module) -> tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]]:
+def _function(graph: Graph, module: nn.Module) -> tuple[Callable[..., Any], list[tuple[dict[str, Any], str, str]]]:
     """A graph as a function of what is given, and of parameters and called children; and where those stand."""
-    *_, last = (node for node in graph.nodes if node.op == "placeholder")
+    *_, last = (graph._root, *(node for node in graph.nodes if node.op == "placeholder"))
     stands: dict[tuple[str, str], Node] = {}
-    places: list[tuple[dict[str, Any], str]] = []
+    places: list[tuple[dict[str, Any], str, str]] = []
 
     def standing(path: str, kind: str) -> Node:
         nonlocal last
@@ -79,7 +82,7 @@ def _function(graph: Graph, module: nn.Module) -> tuple[Callable[..., Any], list
             parent, _, name = path.rpartition(".")
             holder = module.get_submodule(parent)
             kinds = ("_modules",) if kind == "call_module" else ("_parameters", "_buffers")
-            places.append(next((vars(holder)[one], name) for one in kinds if name in vars(holder)[one]))
+            places.append(next((vars(holder), one, name) for one in kinds if name in vars(holder)[one]))
             with graph.inserting_after(last):
                 last = stands[kind, path] = graph.placeholder(f"standing_{len(stands)}")
         return stands[kind, path]
@@ -90,7 +93,7 @@ def _function(graph: Graph, module: nn.Module) -> tuple[Callable[..., Any], list
         there = standing(str(node.target), node.op)
         if node.op == "call_module":
             with graph.inserting_before(node):
-                result = graph.call_method("__call__", (there, *node.args), node.kwargs)
+                result = graph.call_function(calls.child, (there, *node.args), node.kwargs)
             node.replace_all_uses_with(result)
         else:
             node.replace_all_uses_with(there)
@@ -101,76 +104,83 @@ def _function(graph: Graph, module: nn.Module) -> tuple[Callable[..., Any], list
     return scope["forward"], places
 
 
-def kind(value: Any) -> Any:
-    """What a forward may decide by: of a number or a switch all of it, of tensors and objects that they are there."""
-    if isinstance(value, Tensor):
-        return Tensor
-    return (type(value), value) if type(value) in SCALARS else type(value)
-
-
 class Plans:
     """A fused module's rewritten forwards, by kind of call. A copy of the module begins with none."""
 
-    def __init__(self) -> None:
+    def __init__(self, takes_childrens: bool = False) -> None:
+        self.takes_childrens = takes_childrens
         self.module: weakref.ref[nn.Module] | None = None
         self.watch: Watch | None = None
         self.known: dict[Any, Plan | None] = {}
         self.made = 0
-        self.takes_childrens = False
         self.why_not: dict[str, str] = {}
         self.because = ""  # of the last one that could not be made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _fresh, (self.takes_childrens,)
+        return Plans, (self.takes_childrens,)
+
+    def refuse(self, plan: Plan) -> None:
+        """Run it no more: a call went otherwise than what was recorded."""
+        self.known = {key: None if one is plan else one for key, one in self.known.items()}
 
     def found(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | None:
         """The rewritten forward for a call; None where the author's is to run."""
-        if self.module is None:
+        if self.module is None and not getattr(module, "_is_replica", False):  # a copy's first call
             self.module = weakref.ref(module)
-        if self.module() is not module:  # a replica, which holds other tensors
+        if self.module is None or self.module() is not module:  # a replica, which holds other tensors
             return None
-        watch = self.watch
-        if watch is not None and not watch.is_whole():
-            self.watch, self.known = None, {}
-            watch = None
-        if watch is not None:
-            if not watch.is_left_alone():
+        if self.watch is not None:
+            if not self.watch.is_left_alone():
                 return None
-            plan: Plan | None = self.known.get(self._kind_of(watch, args, kwargs), _UNMET)
+            try:
+                plan: Plan | None = self.known.get(self._kind_of(self.watch, args, kwargs), _UNMET)
+            except (KeyError, TypeError):  # attributes taken away, or values that cannot be compared
+                return None
             if plan is not _UNMET:
                 return plan
         return self.make(module, args, kwargs)
 
     def make(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | None:
         """A new one, for calls of this kind; None where their forward cannot be recorded or has nothing to fuse."""
-        if self.made >= _MOST:
+        if self.made >= _MOST or not _RECORDING.acquire(blocking=False):  # one at a time, children being taken over
             return None
-        self.made, self.because = self.made + 1, ""
-        plan: Plan | None
+        try:
+            self.made, self.because = self.made + 1, ""
+            return self._made(module, args, kwargs)
+        finally:
+            _RECORDING.release()
+
+    def _made(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | None:
+        plan = None
         try:
             if any(isinstance(one, Proxy) for one in (*args, *kwargs.values())):
                 raise Untraceable("somebody else records it")
             plan = Plan(module, args, kwargs, self.takes_childrens)
             self.why_not |= plan.why_not
         except Untraceable as error:
-            plan, self.because = None, str(error)
-        else:
-            inlined = {} if self.watch is None else self.watch.inlined
-            if self.watch is None or not plan.trace.inlined.keys() <= inlined.keys():
-                self.watch, self.known = Watch(module, inlined | plan.trace.inlined), {}
-            plan = plan if plan.run is not None else None
-        if self.watch is None:  # nothing is known that could change
-            self.watch = Watch(module, {"": module})
-        self.known[self._kind_of(self.watch, args, kwargs)] = plan
+            self.because = str(error)
+        except Exception as error:  # whatever it is, the author's forward is there
+            self.because = f"fusing failed: {type(error).__name__}: {error}"
+        watch = self._watching(module, plan)
+        plan = plan if plan is not None and plan.run is not None else None
+        self.known[self._kind_of(watch, args, kwargs)] = plan
         return plan
+
+    def _watching(self, module: nn.Module, plan: Plan | None) -> Watch:
+        """A watch over all that plans take for granted, this one too; what is known is known by its facts."""
+        watch = self.watch
+        there = dict(module.named_modules())
+        before = {"": module} if watch is None else watch.inlined
+        inlined = {path: there[path] for path in before if path in there}
+        names = set() if watch is None else watch.names
+        if plan is not None:
+            inlined, names = inlined | plan.trace.inlined, names | plan.trace.names
+        if watch is None or inlined != watch.inlined or names != watch.names:
+            watch = self.watch = Watch(module, inlined, names)
+            self.known = {}
+        return watch
 
     @staticmethod
     def _kind_of(watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         named = tuple([(name, kind(one)) for name, one in kwargs.items()]) if kwargs else ()
-        return tuple([kind(one) for one in args]), named, watch.options()
-
-
-def _fresh(takes_childrens: bool) -> Plans:
-    plans = Plans()
-    plans.takes_childrens = takes_childrens
-    return plans
+        return tuple([kind(one) for one in args]), named, ambient_state()[:-1], watch.facts()

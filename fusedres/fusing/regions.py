@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -16,7 +17,8 @@ from ..kernels.spec import ACTIVATIONS
 from ..reference import MODULES
 
 _MOST = 16  # operations in a row, far more than any φ is written in
-_SAME = 1e-12  # of the largest value, in float64
+_SAME = 1e-12  # of each value and slope, in float64
+_CANCELS = {"gelu": 1e-13, "gelu_tanh": 1e-13}  # of those that a formula takes as a difference
 
 # Number by number, without memory, chance or anything but its arguments.
 _FUNCTIONS = {
@@ -24,12 +26,12 @@ _FUNCTIONS = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv,
     torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.square, torch.neg, torch.exp, torch.expm1, torch.log1p,
     torch.erf, torch.erfc, torch.tanh, torch.sigmoid, torch.special.expit, torch.sin, torch.cos, torch.relu,
-    torch.relu_, torch.clamp, torch.clamp_min, torch.maximum,
+    torch.relu_,
     F.gelu, F.relu, F.relu_, F.silu, F.tanh, F.sigmoid, F.softplus, F.logsigmoid,
 }  # fmt: skip
 _METHODS = {
     "add", "sub", "mul", "div", "pow", "square", "neg", "exp", "erf", "erfc", "tanh", "sigmoid", "sin", "cos", "relu",
-    "clamp", "clamp_min", "add_", "sub_", "mul_", "div_", "tanh_", "sigmoid_", "sin_", "relu_", "neg_", "clamp_",
+    "add_", "sub_", "mul_", "div_", "tanh_", "sigmoid_", "sin_", "relu_", "neg_",
 }  # fmt: skip
 
 
@@ -45,7 +47,13 @@ def activation_from(z: Node) -> tuple[str, float, Node]:
 
     ("none", 1.0, z) where nothing of the kind follows.
     """
-    values: dict[Node, Tensor] = {z: _probe().clone()}
+    with ThreadPoolExecutor(1) as thread:  # whose operations nobody looks at: no modes, no hooks, gradients as ever
+        return thread.submit(_longest, z).result()
+
+
+def _longest(z: Node) -> tuple[str, float, Node]:
+    probe = _probe().clone().requires_grad_()
+    values: dict[Node, Tensor] = {z: probe * 1}  # as a product is, not a leaf: it may be changed in place
     found = ("none", 1.0, z)
     for node in _following(z):
         if len(values) > _MOST or not node.all_input_nodes or not is_elementwise(node):
@@ -54,11 +62,11 @@ def activation_from(z: Node) -> tuple[str, float, Node]:
             continue
         try:
             values[node] = _computed(node, values)
+            named = _named(values[node], probe)
         except Exception:  # whatever it is, no activation
             continue
         if not _is_left_by(node, z, values):
             continue
-        named = _named(values[node])
         if named is not None:
             found = (*named, node)
     return found
@@ -95,32 +103,51 @@ def _is_left_by(end: Node, z: Node, values: dict[Node, Tensor]) -> bool:
 
 @lru_cache(maxsize=1)
 def _probe() -> Tensor:
-    return torch.linspace(-7, 7, 57, dtype=torch.float64, device="cpu")
+    """Near 0 and far from it, where formulas that look alike are not."""
+    few = [10.0**p for p in (-30, -13, -6, -3, 1, 2, 4)] + [20.0]
+    middle = torch.linspace(-7, 7, 57, dtype=torch.float64, device="cpu")
+    return torch.cat([middle, torch.tensor([0.0, *few, *(-one for one in few)], dtype=torch.float64, device="cpu")])
+
+
+def _slopes(values: Tensor, z: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad(values.sum(), z, retain_graph=True)
+    return found
+
+
+@lru_cache(maxsize=16)
+def _truth(name: str) -> tuple[Tensor, Tensor]:
+    """φ and φ' of the probe."""
+    z = _probe().clone().requires_grad_()
+    phi = MODULES[name]()(z)
+    return phi.detach(), _slopes(phi, z)
 
 
 def _computed(node: Node, values: dict[Node, Tensor]) -> Tensor:
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda one: values[one].clone())
-    with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
-        if node.op == "call_method":
-            own, *rest = args
-            method: Callable[..., Tensor] = getattr(own, str(node.target))
-            return method(*rest, **kwargs)
-        function: Callable[..., Tensor] = node.target  # type: ignore[assignment]
-        return function(*args, **kwargs)
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda one: values[one])
+    if node.op == "call_method":
+        own, *rest = args
+        method: Callable[..., Tensor] = getattr(own, str(node.target))
+        return method(*rest, **kwargs)
+    function: Callable[..., Tensor] = node.target  # type: ignore[assignment]
+    return function(*args, **kwargs)
 
 
-def _named(values: Tensor) -> tuple[str, float] | None:
-    """(φ, a) of values that are a φ(probe)."""
-    if not isinstance(values, Tensor) or values.shape != _probe().shape or not bool(torch.isfinite(values).all()):
+def _named(values: Tensor, z: Tensor) -> tuple[str, float] | None:
+    """(φ, a) of values that are a φ(z), with the slopes a φ'(z), of the probe z."""
+    if not isinstance(values, Tensor) or values.shape != z.shape or not bool(torch.isfinite(values).all()):
         return None
     for name in ACTIVATIONS:
-        phi = MODULES[name]()(_probe().clone())
-        at = int(phi.abs().argmax())
-        scale = float(values[at] / phi[at])
-        is_same = bool(((values - scale * phi).abs() <= _SAME * values.abs().max()).all())
-        if scale != 0 and is_same:
+        phi, slope = _truth(name)
+        at = int(phi[:57].abs().argmax())
+        scale = float(values[at].detach() / phi[at])
+        is_same = scale != 0 and _agrees(values.detach(), scale * phi, name)
+        if is_same and _agrees(_slopes(values, z), scale * slope, name):
             return name, _rounded(scale)
     return None
+
+
+def _agrees(values: Tensor, truth: Tensor, name: str) -> bool:
+    return bool(((values - truth).abs() <= _SAME * truth.abs() + _CANCELS.get(name, 0.0)).all())
 
 
 def _rounded(scale: float) -> float:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from .patterns import Match, ShapeOf
+from .patterns import Match
 
 
 def without_idle_dropout(graph: Graph) -> None:
@@ -24,7 +24,7 @@ def without_idle_dropout(graph: Graph) -> None:
                 graph.erase_node(node)
 
 
-def rewrite(graph: Graph, matches: list[Match], shape_of: ShapeOf, put: Callable[..., Node]) -> None:
+def rewrite(graph: Graph, matches: list[Match], put: Callable[..., Node]) -> None:
     """Every match becomes the node that put(match, (x, weight, bias, residual, P, p), (λ, a)) makes where y is."""
     made: dict[Node, Node] = {}
     for match in matches:
@@ -35,8 +35,7 @@ def rewrite(graph: Graph, matches: list[Match], shape_of: ShapeOf, put: Callable
         given: list[Any] = [made.get(one, one) if isinstance(one, Node) else one for one in operands]
         *tensors, skip_scale, branch_scale = given
         with graph.inserting_before(match.end):
-            scales = tuple(_as_scale(graph, one, shape_of) for one in (skip_scale, branch_scale))
-            y = put(match, tuple(tensors), scales)
+            y = put(match, tuple(tensors), (skip_scale, branch_scale))
             y.meta.update(match.end.meta)
         made[match.end] = y
         match.end.replace_all_uses_with(y)
@@ -57,10 +56,3 @@ def options(match: Match) -> tuple[Any, ...]:
         False,
         False,
     )
-
-
-def _as_scale(graph: Graph, scale: float | Node, shape_of: ShapeOf) -> Any:
-    """A learned scale [1] as []; else what it is."""
-    if isinstance(scale, Node) and shape_of(scale) == (1,):
-        return graph.call_method("reshape", (scale, ()))
-    return scale

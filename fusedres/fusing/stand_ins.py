@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import linecache
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
-from types import FrameType
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import Attribute, GraphAppendingTracer
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
+from ..dispatch import is_any_autocast_enabled
 from .regions import is_elementwise
+from .scrutiny import Scrutiny
+from .values import Untraceable, is_constant
 
-SCALARS = (bool, int, float, str, type(None))
+_ATTRIBUTES = {"dtype", "device", "shape", "ndim", "T", "mT", "H", "is_cuda", "itemsize", "layout"}
+_TELLING = {"is_contiguous", "is_floating_point", "is_complex", "item", "tolist", "numpy", "is_leaf", "backward"}
 _SAME_SHAPE = {F.dropout, F.layer_norm}
 _SWITCHES = "its forward switches gradients, autocast or what is saved for backward"
-_INSIDERS = ("torch", "fusedres")
 _FACTORIES = {
     "rand",
     "randn",
@@ -38,10 +38,6 @@ _FACTORIES = {
 }
 
 
-class Untraceable(BaseException):
-    """Why a forward cannot be recorded. No author's `except Exception` is to catch it."""
-
-
 class _Dim:
     """The size of a last dimension, shared by tensors that are bound to agree in it."""
 
@@ -51,7 +47,9 @@ class _Dim:
 class Value(Proxy):
     """A stand-in for an argument or a result. Of a tensor it knows whose leading sizes it has, and its last one."""
 
-    is_tensor = False
+    is_tensor = False  # for certain
+    is_object = False  # something else for certain: to be handed on, not to be asked
+    tracer: Recorder
     like: Any = None  # whose leading dimensions it has
     last: _Dim
 
@@ -62,7 +60,7 @@ class Value(Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """What `isinstance` is to see in an author's code; to torch, whose C++ trusts the answer, it is a Proxy."""
-        if not _asks_isinstance(sys._getframe(1)):
+        if not self.tracer.scrutiny.asks_isinstance:
             return Value
         if not self.is_tensor:
             raise Untraceable("its forward asks what a value is that only a call decides")
@@ -72,9 +70,10 @@ class Value(Proxy):
     def shape(self) -> _Shape:
         return _Shape(self, "shape")
 
-    @property
-    def requires_grad(self) -> bool:
-        raise Untraceable("its forward asks whether gradients are wanted")
+    def __getattr__(self, name: str) -> Any:
+        if self.is_object or name in _TELLING or not (name in _ATTRIBUTES or callable(getattr(Tensor, name, None))):
+            raise Untraceable(f"its forward asks for {name} of a value that only a call decides")
+        return super().__getattr__(name)
 
     def size(self, dim: int | None = None) -> Any:
         if dim is None:
@@ -88,15 +87,13 @@ class Value(Proxy):
         raise Untraceable("its forward asks for a length that only a call tells")
 
 
-def _asks_isinstance(frame: FrameType) -> bool:
-    """Whether the expression that is being evaluated is a call of isinstance, in code that is not torch's or ours."""
-    code = frame.f_code
-    if "isinstance" not in code.co_names or frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDERS:
-        return False
-    if sys.version_info < (3, 11):
-        raise Untraceable("its forward calls isinstance, and this Python does not tell of what")
-    line, _, start, _ = next(islice(code.co_positions(), frame.f_lasti // 2, None))
-    return linecache.getline(code.co_filename, line or 0).encode()[start or 0 :].startswith(b"isinstance")
+def _changing(name: str) -> Callable[[Value, Any], Any]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+    setattr(Value, f"__i{_name}__", _changing(f"i{_name}"))
 
 
 class _Shape(Attribute):
@@ -123,17 +120,18 @@ class _Shape(Attribute):
 
 
 class Recorder(GraphAppendingTracer):
-    def __init__(self, graph: Graph, names: Mapping[int, str]) -> None:
+    def __init__(self, graph: Graph, module: nn.Module) -> None:
         super().__init__(graph)
-        self.names = names  # of parameters and buffers
+        self.names, self.shared = _named(module)  # of parameters and buffers; of those that have several
         self.path = [""]  # of the modules being run, innermost last
-        self.state = _ambient_state()
+        self.state = ambient_state()
+        self.scrutiny = Scrutiny(module)
 
     def proxy(self, node: Node) -> Value:
         return Value(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any) -> Node:
-        if _ambient_state() != self.state:
+        if ambient_state() != self.state:
             raise Untraceable(_SWITCHES)
         node = super().create_node(kind, target, args, kwargs, *rest)
         node.meta["path"] = self.path[-1]
@@ -142,11 +140,11 @@ class Recorder(GraphAppendingTracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Value:
         found: Value = super().create_proxy(kind, target, args, kwargs, *rest, **more)  # type: ignore[assignment]
         values = [one for one in (*args, *kwargs.values()) if type(one) is Value]
-        if found.node.target is F.linear and type(args[0]) is Value:
-            _of_linear(found, args[0], args[1] if len(args) > 1 else kwargs["weight"], self)
+        if found.node.target is F.linear and len(args) > 1 and type(args[0]) is Value:
+            _of_linear(found, args[0], args[1])
         elif is_elementwise(found.node):
             found.is_tensor = True
-            _of_elementwise(found, values)
+            _of_elementwise(found, [*args, *kwargs.values()])
         elif found.node.target in _SAME_SHAPE and values:
             found.is_tensor, found.like, found.last = True, values[0].like, values[0].last
         return found
@@ -155,6 +153,8 @@ class Recorder(GraphAppendingTracer):
         if isinstance(a, Tensor) and not isinstance(a, Proxy):
             if id(a) not in self.names:
                 raise Untraceable("its forward uses a tensor that is no parameter and no buffer of it")
+            if id(a) in self.shared:
+                raise Untraceable(f"its forward uses {self.names[id(a)]}, which has another name too")
             return self.create_node("get_attr", self.names[id(a)], (), {})
         return super().create_arg(a)
 
@@ -167,28 +167,51 @@ class Recorder(GraphAppendingTracer):
     keys = iter  # type: ignore[assignment]
 
 
-def _of_linear(y: Value, x: Value, weight: Any, recorder: Recorder) -> None:
+def _of_linear(y: Value, x: Value, weight: Any) -> None:
     y.is_tensor, y.like = True, x.like
     if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(weight, Proxy):
         y.last.size = weight.shape[0]
         x.last.size = weight.shape[1]
 
 
-def _of_elementwise(y: Value, values: Sequence[Value]) -> None:
-    """The shape of its operands, where they agree."""
-    first, *others = values
-    if all(one.like is first.like and _agree(one.last, first.last) for one in others):
+def _of_elementwise(y: Value, operands: Sequence[Any]) -> None:
+    """The shape of its operands, where they agree and none is broadcast that a call could broadcast otherwise."""
+    first = next(one for one in operands if isinstance(one, Proxy))
+    if type(first) is Value and all(_keeps(one, first) for one in operands):
         y.like, y.last = first.like, first.last
 
 
-def _agree(a: _Dim, b: _Dim) -> bool:
-    return a is b or (a.size is not None and a.size == b.size)
+def _keeps(one: Any, first: Value) -> bool:
+    if type(one) is Value:
+        a, b = one.last, first.last
+        return one.like is first.like and (a is b or (a.size is not None and a.size == b.size))
+    if isinstance(one, Proxy):
+        return False
+    if isinstance(one, Tensor):
+        return one.dim() == 0 or (one.dim() == 1 and one.shape[0] in (1, first.last.size))
+    return True
 
 
-def _ambient_state() -> tuple[Any, ...]:
+def _named(module: nn.Module) -> tuple[dict[int, str], set[int]]:
+    """Parameters and buffers by identity, and those that stand in several places."""
+    names: dict[int, str] = {}
+    shared: set[int] = set()
+    for every in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
+        for name, tensor in every:
+            if id(tensor) in names:
+                shared.add(id(tensor))
+            names[id(tensor)] = name
+    return names, shared
+
+
+def ambient_state() -> tuple[Any, ...]:
     """What blocks around an operation may change of it."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda *_: None)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), top(False)
+    autocast: tuple[Any, ...] = ()
+    if is_any_autocast_enabled():
+        devices = [one for one in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(one)]
+        autocast = tuple((one, torch.get_autocast_dtype(one)) for one in devices)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, top(False)
 
 
 class OfParameters(TorchFunctionMode):
@@ -202,6 +225,8 @@ class OfParameters(TorchFunctionMode):
         kwargs = kwargs or {}
         flat = torch.utils._pytree.arg_tree_leaves(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name == "__set__" or (name == "__get__" and _property(func) not in _ATTRIBUTES):
+            raise Untraceable(f"its forward asks for, or changes, {_property(func)} of a tensor")
         if any(type(one) in (Value, Attribute, _Shape) for one in flat):
             return func(*args, **kwargs)  # by the stand-in
         if not any(isinstance(one, Tensor) for one in flat):
@@ -214,6 +239,10 @@ class OfParameters(TorchFunctionMode):
             return func(*args, **kwargs)
         kind = "call_method" if is_tensor_method_or_property(func) else "call_function"
         return self.recorder.create_proxy(kind, name if kind == "call_method" else func, args, kwargs)
+
+
+def _property(func: Any) -> str:
+    return getattr(getattr(func, "__self__", None), "__name__", "")
 
 
 def _computes(name: str) -> bool:
@@ -235,9 +264,10 @@ def _computes(name: str) -> bool:
 
 
 def stand_in(recorder: Recorder, value: Any) -> Any:
-    if type(value) in SCALARS:
+    """What a forward is given in the place of an argument: itself, where it is a constant."""
+    if is_constant(value):
         return value
-    place = len(recorder.graph.nodes)
-    stand_in = recorder.create_proxy("placeholder", f"given_{place}", (), {})
+    stand_in = recorder.create_proxy("placeholder", f"given_{len(recorder.graph.nodes)}", (), {})
     stand_in.is_tensor = isinstance(value, Tensor)
+    stand_in.is_object = not stand_in.is_tensor
     return stand_in

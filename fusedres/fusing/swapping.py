@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .calls import NothingReturned
 from .plans import Plans
-from .stand_ins import SCALARS
+from .values import is_constant
 
 PLANS = "_fused_plans"  # the attribute by which a fused module has them
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -29,20 +31,28 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or torch.jit.is_tracing():  # who sees the model as its author wrote it
                 return author(self, *args, **kwargs)
-            plan = vars(self)[PLANS].found(self, args, kwargs)
+            plans = vars(self).get(PLANS)
+            if plans is None or cls.forward is not author:  # a new instance, or another forward since
+                return cls.forward(self, *args, **kwargs)
+            plan = plans.found(self, args, kwargs)
             standing = None if plan is None else plan.standing()
             if standing is None:
                 return author(self, *args, **kwargs)
-            given = [one for one in args if type(one) not in SCALARS]
+            given = [one for one in args if isinstance(one, Tensor) or not is_constant(one)]
             if kwargs:
-                given += [one for one in kwargs.values() if type(one) not in SCALARS]
-            return plan.run(None, *given, *standing)
+                given += [one for one in kwargs.values() if isinstance(one, Tensor) or not is_constant(one)]
+            try:
+                return plan.run(None, *given, *standing)
+            except NothingReturned:
+                plans.refuse(plan)
+                return author(self, *args, **kwargs)
 
         def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
             reduced: Any = super(_CLASSES[cls], self).__reduce_ex__(protocol)
             made, args, *rest = reduced
             if made is not copyreg.__newobj__:  # type: ignore[attr-defined]
-                return (made, args, *rest)
+                fused = _CLASSES[cls]
+                return (cls if made is fused else made, tuple(cls if one is fused else one for one in args), *rest)
             return (_remade, (cls, *args[1:]), *rest)
 
         own = {
@@ -65,6 +75,7 @@ def _remade(cls: type[nn.Module], *args: Any) -> nn.Module:
 
 
 def swap(module: nn.Module, plans: Plans) -> None:
+    plans.module = weakref.ref(module)
     vars(module)[PLANS] = plans
     module.__class__ = fused_class(type(module))
 

@@ -7,17 +7,19 @@ children hand their calls over while it is traced, in this thread alone. What a 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, Proxy
 
 from .linears import hooked, is_linear_like, linear_of, why_left
-from .stand_ins import OfParameters, Recorder, Untraceable, Value, stand_in
+from .stand_ins import OfParameters, Recorder, Value, stand_in
 from .undone import Undone
+from .values import Untraceable, is_constant
 
 # whose outputs are tensors shaped as their input, and which change nothing that they are given
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -31,6 +33,7 @@ class Trace:
     graph: Graph
     inlined: dict[str, nn.Module]
     called: dict[str, str] = field(default_factory=dict)  # path of a child that is called as it is: why
+    names: set[str] = field(default_factory=set)  # all that the code which was run names
 
 
 def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], only: set[str] | None = None) -> Trace:
@@ -42,21 +45,33 @@ def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], onl
         Untraceable: why this forward has no such graph.
     """
     graph = Graph()
-    names = {id(t): name for kind in (module.named_parameters, module.named_buffers) for name, t in kind()}
-    recorder = Recorder(graph, names)
+    recorder = Recorder(graph, module)
+    scrutiny = recorder.scrutiny
     found = Trace(graph, {"": module})
     given = [stand_in(recorder, one) for one in args]
     named = {name: stand_in(recorder, one) for name, one in kwargs.items()}
     with Undone(module) as undone, _handed_over(module, found, recorder, only), OfParameters(recorder):
         try:
-            result = forward_of(module)(module, *given, **named)
+            with scrutiny.installed():
+                result = forward_of(module)(module, *given, **named)
+            _refuse_other_results(result)
             recorder.create_node("output", "output", (recorder.create_arg(result),), {})
         except Exception as error:
             raise Untraceable(
                 f"its forward cannot be run on stand-ins: {type(error).__name__}: {_short(error)}"
             ) from error
     undone.check()
+    found.names = scrutiny.names
     return found
+
+
+def _refuse_other_results(result: Any) -> None:
+    """A graph returns tuples, lists and dicts; what somebody made of one is another thing."""
+    if type(result) in (tuple, list, dict):
+        for one in result.values() if type(result) is dict else result:
+            _refuse_other_results(one)
+    elif not (isinstance(result, Proxy) or is_constant(result)):
+        raise Untraceable(f"its forward returns a {type(result).__name__}")
 
 
 def _short(error: Exception) -> str:
@@ -72,6 +87,7 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
 def _handed_over(module: nn.Module, found: Trace, recorder: Recorder, only: set[str] | None) -> Iterator[None]:
     """The children's calls, in this thread, come here instead."""
     paths = {part: name for name, part in module.named_modules()}
+    places = Counter(part for _, part in module.named_modules(remove_duplicate=False))
     reasons = {part: _why_called(part) for part in paths}
     here = threading.get_ident()
 
@@ -86,6 +102,8 @@ def _handed_over(module: nn.Module, found: Trace, recorder: Recorder, only: set[
         def call(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != here:
                 return (compiled[part] or part._call_impl)(*args, **kwargs)
+            if places[part] > 1:
+                raise Untraceable(f"its forward calls {path}, which has another name too")
             reason = reasons[part] if takes_part(part, path) else "it takes no part"
             if reason is None:
                 return _run_through(part, path, args, kwargs, found, recorder)
@@ -129,6 +147,7 @@ def _run_through(part: nn.Module, path: str, args: Any, kwargs: Any, found: Trac
         reason = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {_short(error)}"
         _forget_after(recorder.graph, last)
         found.inlined, found.called = inlined, called
+        recorder.scrutiny.install()
     finally:
         recorder.path.pop()
     return _as_a_call(part, path, args, kwargs, found, recorder, reason)
@@ -144,6 +163,8 @@ def _forget_after(graph: Graph, last: Node | None) -> None:
 def _as_a_call(
     part: nn.Module, path: str, args: Any, kwargs: Any, found: Trace, recorder: Recorder, reason: str
 ) -> Value:
+    if any(isinstance(one, list | dict | set) for one in (*args, *kwargs.values())):
+        raise Untraceable(f"its forward gives {path} a list or a dict, which that may change")
     found.called[path] = reason
     y = recorder.create_proxy("call_module", path, args, kwargs)
     if isinstance(part, _NORMS) and args and type(args[0]) is Value:

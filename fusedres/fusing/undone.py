@@ -3,84 +3,93 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections import deque
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .stand_ins import Untraceable
+from .values import Untraceable
+
+_ABSENT: Any = object()
 
 
 class Undone:
-    """What a forward changes of its modules' attributes while it is traced is put back, and told."""
+    """Attributes of a module and its parts, what lists, dicts and sets among them hold, and states of chance."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __enter__(self) -> Undone:
-        self.before = [(part, dict(part.__dict__), _contents(part)) for part in self.module.modules()]
-        self.chance = _chance()
+        self.before = [(part, dict(vars(part)), _contents(part)) for part in self.module.modules()]
+        self.chance = random.getstate(), torch.get_rng_state(), _of_numpy()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.changed = []
+        self.changed: list[str] = []
         for part, attributes, contents in self.before:
-            now = part.__dict__
-            names = {n for n in {*now, *attributes} if now.get(n, self) is not attributes.get(n, self)}
-            names |= {name for name, value in contents.items() if _copied(attributes[name]) != value}
-            self.changed += [f"{type(part).__name__}.{name}" for name in sorted(names)]
-            for name in names:
-                now.pop(name, None)
-                if name in attributes:
-                    now[name] = attributes[name]
-            for name in names & contents.keys():
-                _restore(attributes[name], contents[name])
-        if _chance() != self.chance:
-            random.setstate(self.chance[0])
-            torch.set_rng_state(self.chance[1][0])
+            now = vars(part)
+            for name in {*now, *attributes}:
+                if now.get(name, _ABSENT) is not attributes.get(name, _ABSENT):
+                    self.changed.append(f"{type(part).__name__}.{name}")
+                    now.pop(name, None)
+            now.update({name: value for name, value in attributes.items() if name not in now})
+            for name, held in contents.items():
+                if not _is_as_it_was(attributes[name], held):
+                    self.changed.append(f"{type(part).__name__}.{name}")
+                    _put_back(attributes[name], held)
+        self._put_chance_back()
+
+    def _put_chance_back(self) -> None:
+        of_random, of_torch, of_numpy = self.chance
+        now = _of_numpy()
+        if random.getstate() != of_random or not torch.equal(torch.get_rng_state(), of_torch) or now != of_numpy:
+            random.setstate(of_random)
+            torch.set_rng_state(of_torch)
+            if of_numpy is not None:
+                sys.modules["numpy"].random.set_state(_unpacked(of_numpy))
             self.changed.append("a random state")
 
     def check(self) -> None:
+        """Raises Untraceable where anything had been changed."""
         if self.changed:
-            raise Untraceable(f"its forward changes {', '.join(self.changed[:3])}")
+            raise Untraceable(f"its forward changes {', '.join(sorted(self.changed)[:3])}")
 
 
-class _Bytes:
-    """A tensor of bytes that compares by value."""
-
-    def __init__(self, state: Tensor) -> None:
-        self.state = state
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Bytes) and torch.equal(self.state, other.state)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.state
+def _of_numpy() -> tuple[Any, ...] | None:
+    if "numpy" not in sys.modules:
+        return None
+    name, keys, *rest = sys.modules["numpy"].random.get_state()
+    return (name, keys.tobytes(), *rest)
 
 
-def _chance() -> tuple[Any, _Bytes]:
-    return random.getstate(), _Bytes(torch.get_rng_state())
+def _unpacked(state: tuple[Any, ...]) -> tuple[Any, ...]:
+    name, keys, *rest = state
+    return (name, sys.modules["numpy"].frombuffer(keys, dtype="uint32"), *rest)
 
 
-def _contents(part: nn.Module) -> dict[str, Any]:
-    """Copies of what a module's own lists, dicts and sets hold, as identities."""
-    return {name: _copied(value) for name, value in part.__dict__.items() if type(value) in (list, dict, set)}
+def _contents(part: nn.Module) -> dict[str, list[Any]]:
+    """What a module's own containers hold."""
+    return {name: _held(value) for name, value in vars(part).items() if isinstance(value, list | dict | set | deque)}
 
 
-def _copied(value: Any) -> list[Any]:
+def _held(value: Any) -> list[Any]:
+    return list(value.items()) if isinstance(value, dict) else list(value)
+
+
+def _is_as_it_was(value: Any, held: list[Any]) -> bool:
+    now = _held(value)
+    if len(now) != len(held):
+        return False
     if isinstance(value, dict):
-        return [(key, id(one)) for key, one in value.items()]
-    return [id(one) for one in value]
+        return all(a[0] == b[0] and a[1] is b[1] for a, b in zip(now, held, strict=True))
+    return all(a is b for a, b in zip(now, held, strict=True))
 
 
-def _restore(value: Any, ids: list[Any]) -> None:
-    """Drop what was added to a list, a dict or a set."""
-    kept = {one[1] if isinstance(one, tuple) else one for one in ids}
-    if isinstance(value, dict):
-        for key in [key for key, one in value.items() if id(one) not in kept]:
-            del value[key]
+def _put_back(value: Any, held: list[Any]) -> None:
+    value.clear()
+    if isinstance(value, dict | set):
+        value.update(held)
     else:
-        for one in [one for one in value if id(one) not in kept]:
-            value.remove(one)
+        value.extend(held)

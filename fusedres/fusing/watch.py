@@ -10,11 +10,9 @@ from torch.nn.modules import module as torch_module
 
 from .layers import upwards
 from .linears import HOOKS, is_ours
-from .stand_ins import SCALARS
+from .values import EVERY_MODULES, SCALARS
 
 _OPTIONLESS = (nn.Linear, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
-_EVERY_MODULES = set(vars(nn.Module())) - {"training"}  # attributes, that are no options
-
 _ANY_HOOKS = [
     getattr(torch_module, f"_global{name}", {}) for name in (*HOOKS, "_forward_hooks_always_called")
 ]  # of all modules of the process
@@ -25,47 +23,74 @@ _Part = tuple[str, tuple[Any, ...]]  # of an expression: its text, with a {} for
 class Watch:
     """Checks of modules at every call, written out as one expression each: a loop shows in a small block's time.
 
-    is_whole(): whether the same modules stand in the same places.
-    options(): the attributes by which a forward may decide, numbers and switches by value, others by identity.
+    facts(): what a forward may decide by. Of each module the children, by identity, the parameters, by shape, and the
+    attributes, numbers and switches by value, others by identity; of those that are not run through the attributes that
+    some code names; of classes, the attributes that are no methods.
     """
 
-    is_whole: Callable[[], bool]
-    options: Callable[[], tuple[Any, ...]]
+    facts: Callable[[], tuple[Any, ...]]
 
-    def __init__(self, module: nn.Module, inlined: dict[str, nn.Module]) -> None:
-        self.inlined = inlined
+    def __init__(self, module: nn.Module, inlined: dict[str, nn.Module], names: set[str]) -> None:
+        self.module, self.inlined, self.names = module, inlined, names
         others = [part for path, part in inlined.items() if path]
-        self.hooks = [*_ANY_HOOKS, *(getattr(part, name) for part in others for name in HOOKS)]
-        links = sorted({path for one in inlined for path in upwards(one) if path})
-        self.is_whole = _expression(" and ".join, [self._stands(module, path) for path in links] or [("True", ())])
-        own = ["'forward' in {} or {}.get('_compiled_call_impl') is not None"] * len(others)
-        replaced: list[_Part] = [(text, (vars(part), vars(part))) for text, part in zip(own, others, strict=True)]
-        self._is_busy = _expression(" or ".join, [*(("{}", (hooks,)) for hooks in self.hooks), *replaced])
+        self.hooks = [(vars(part), name) for part in others for name in HOOKS]
+        replaced: list[_Part] = [
+            ("'forward' in {} or {}.get('_compiled_call_impl') is not None", (vars(part), vars(part)))
+            for part in others
+        ]
+        hooked: list[_Part] = [(f"{{}}[{name!r}]", (own,)) for own, name in self.hooks]
+        self._is_busy = _expression(" or ".join, [*(("{}", (hooks,)) for hooks in _ANY_HOOKS), *hooked, *replaced])
         self._is_replaced = _expression(" or ".join, replaced or [("False", ())])
-        self.options = _expression(_as_tuple, [one for part in inlined.values() for one in _options_of(part)])
+        self.facts = _expression(_as_tuple, self._parts())
 
-    @staticmethod
-    def _stands(module: nn.Module, path: str) -> _Part:
-        parent, _, name = path.rpartition(".")
-        return f"{{}}.get({name!r}) is {{}}", (module.get_submodule(parent)._modules, module.get_submodule(path))
+    def _parts(self) -> Iterable[_Part]:
+        above = {path for one in self.inlined for path in ("", *upwards(one))}
+        for path in sorted(above):
+            part = self.module.get_submodule(path)
+            if part._modules:
+                yield "tuple(map(id, {}['_modules'].values()))", (vars(part),)
+        for path, part in self.module.named_modules():
+            if path in self.inlined:
+                yield from _of_parameters(part)
+            yield from _of_attributes(part, self.names, path in self.inlined)
 
     def is_left_alone(self) -> bool:
         """Whether no call of a module in it is anybody else's business."""
         if not self._is_busy():
             return True
-        hooks = [hook for some in self.hooks for hook in some.values()]
+        hooks = [hook for some in (*_ANY_HOOKS, *(own[name] for own, name in self.hooks)) for hook in some.values()]
         return not self._is_replaced() and all(is_ours(hook) for hook in hooks)
 
 
-def _options_of(part: nn.Module) -> Iterable[_Part]:
-    if type(part) in _OPTIONLESS:
-        return
+def _of_parameters(part: nn.Module) -> Iterable[_Part]:
+    for kind in ("_parameters", "_buffers"):
+        for name in vars(part)[kind]:
+            yield f"getattr({{}}[{kind!r}].get({name!r}), 'shape', None)", (vars(part),)
+        if vars(part)[kind]:
+            yield f"len({{}}[{kind!r}])", (vars(part),)
+
+
+def _of_attributes(part: nn.Module, names: set[str], is_inlined: bool) -> Iterable[_Part]:
     own = vars(part)
-    yield "len({})", (own,)  # one that was its class's until now
+    if "forward" in names:
+        yield "'forward' in {}", (own,)
+    is_plain = type(part) in _OPTIONLESS
+    if is_inlined and not is_plain:
+        yield "len({})", (own,)  # one that was its class's until now
     for name, value in own.items():
-        if name not in _EVERY_MODULES and name != "_fused_plans":
+        if name not in EVERY_MODULES and name != "_fused_plans" and (name in names or (is_inlined and not is_plain)):
             text = f"{{}}.get({name!r}, {{}})"
-            yield text if type(value) in SCALARS else f"id({text})", (own, _NOTHING)
+            yield f"_known({text})" if type(value) in SCALARS else f"id({text})", (own, _NOTHING)
+    if is_inlined and not is_plain and not type(part).__module__.startswith("torch."):
+        for name in sorted(names - own.keys()):
+            value = getattr(type(part), name, _NOTHING)
+            if type(value) in SCALARS:
+                yield f"_known(getattr({{}}, {name!r}, None))", (type(part),)
+
+
+def _known(value: Any) -> Any:
+    """A number with its type, since True equals 1; an object that stands in its place as itself."""
+    return (type(value), value) if type(value) in SCALARS else id(value)
 
 
 def _as_tuple(texts: Iterable[str]) -> str:
@@ -83,4 +108,4 @@ def _expression(joined: Callable[[Iterable[str]], str], parts: Iterable[_Part]) 
 
     text = joined([named(*part) for part in parts])
     names = ", ".join(f"_{i}" for i in range(len(values)))
-    return eval(f"lambda {names}: lambda: {text}")(*values)
+    return eval(f"lambda {names}: lambda: {text}", {"_known": _known})(*values)

@@ -269,7 +269,7 @@ class FusedResidualStack(nn.Module):
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         self._let_go()
-        return super()._apply(*arguments, **options)
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def _let_go(self) -> None:
         """Before tensors may change places with others, as torch.utils.swap_tensors does: nobody else may hold them."""

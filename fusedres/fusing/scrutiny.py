@@ -1,0 +1,122 @@
+"""Code that a recording would misjudge, refused before it runs: by what its instructions do, and by what it calls.
+
+A recording runs an author's code once and keeps what that did to tensors. Whatever else code does would be lost, or
+done at the wrong time; whatever it asks that only a call can answer would be answered for good.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import nn
+
+from .values import EVERY_MODULES, Untraceable, is_constant
+
+_STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
+_CATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH")
+_ENTERS = ("BEFORE_WITH", "SETUP_WITH", "BEFORE_ASYNC_WITH", "LOAD_SPECIAL")
+_NAMES = {"type", "id", "vars", "locals", "globals", "eval", "exec", "open", "input", "setattr", "delattr"}
+_BUILTINS = {builtins.hasattr, builtins.getattr, builtins.print, builtins.callable, builtins.issubclass, builtins.id}
+_TELLING = {"logging", "warnings"}
+_FROM_TORCH = {
+    ("torch", "is_tensor"): "asks what a value is that only a call decides",
+    ("torch.autograd.function", "apply"): "calls an autograd.Function, whose backward a recording does not see",
+    ("torch.utils.checkpoint", "checkpoint"): "checkpoints a part of itself",
+}
+# whose author says what it does: nothing, but where it checkpoints, which a fused class still does
+_TRUSTED = {("transformers.modeling_layers", "forward_with_checkpointing")}
+
+
+class Scrutiny:
+    """Looks at everything that is called in this thread while it is installed, and raises Untraceable.
+
+    names: all that the code which was run through names, attributes among them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names: set[str] = set()
+        self.asks_isinstance = False
+        self._seen: set[CodeType] = set()
+        self._may_change = {
+            name: f"{type(part).__name__}.{name}"
+            for part in module.modules()
+            for name, value in vars(part).items()
+            if name not in EVERY_MODULES and not is_constant(value) and not isinstance(value, nn.Module)
+        }
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        before = sys.getprofile()
+        self.install()
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+    def install(self) -> None:
+        """Also after it has raised: Python takes a profiler that raises away."""
+        self.asks_isinstance = False
+        sys.setprofile(self._look)
+
+    def _look(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            self._look_at_code(frame)
+        elif event == "c_call":
+            if not _is_insiders(frame):
+                self._look_at_builtin(arg)
+        else:
+            self.asks_isinstance = False
+
+    def _look_at_code(self, frame: FrameType) -> None:
+        code, name = frame.f_code, frame.f_globals.get("__name__", "")
+        if name.partition(".")[0] in _TELLING and frame.f_back is not None and not _is_insiders(frame.f_back):
+            raise Untraceable("its forward warns or logs")
+        if reason := _FROM_TORCH.get((name, code.co_name)):
+            raise Untraceable(f"its forward {reason}")
+        if code in self._seen or _is_insiders(frame) or (name, code.co_name) in _TRUSTED:
+            return
+        self._seen.add(code)
+        self.names.update(code.co_names)
+        if changing := sorted(self._may_change[one] for one in self._may_change.keys() & set(code.co_names)):
+            raise Untraceable(f"its forward reads {changing[0]}, an object that may change inside")
+        if reason := _why_refused(code):
+            raise Untraceable(f"its forward {reason}, in {code.co_name}")
+
+    def _look_at_builtin(self, called: Any) -> None:
+        if called is builtins.isinstance:
+            self.asks_isinstance = True
+        elif isinstance(getattr(called, "__self__", None), random.Random):
+            raise Untraceable("its forward draws from random")
+        elif getattr(called, "__name__", "") in {one.__name__ for one in _BUILTINS} and called in _BUILTINS:
+            raise Untraceable(f"its forward calls {called.__name__}")
+
+
+def _is_insiders(frame: FrameType) -> bool:
+    """Whether a frame is of code that is not to be looked at: torch's, Python's own, and this room's."""
+    name = frame.f_globals.get("__name__", "")
+    root = name.partition(".")[0]
+    return root == "torch" or name.startswith("fusedres.fusing") or root in sys.stdlib_module_names - {"__main__"}
+
+
+def _why_refused(code: CodeType) -> str | None:
+    last = None
+    for one in dis.get_instructions(code):
+        if one.opname in _STORES or (one.opname == "STORE_DEREF" and one.argval in code.co_freevars):
+            return "changes what outlives a call, or a part of something"
+        if one.opname in _ENTERS:
+            return "enters a context"
+        if one.opname in _CATCHES:
+            return "catches exceptions"
+        if one.opname == "MATCH_CLASS" or (one.opname == "IS_OP" and last is not None):
+            return "asks what a value is"
+        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval in _NAMES:
+            return f"calls {one.argval}"
+        last = one.argval if one.opname == "LOAD_CONST" else code  # None before `is`: whether a value is there
+    return None

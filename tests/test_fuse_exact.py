@@ -1,0 +1,463 @@
+"""Code in which a recording goes wrong if it is not careful: a fused model does what it did, to the bit of its effects.
+
+Each case is a forward and what is done to the model after it was fused; output, gradients, what it was given, its
+attributes and buffers are those of a model that was not fused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import OrderedDict
+from copy import deepcopy
+from enum import Enum
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import D
+from torch import nn
+
+import fusedres
+
+pytestmark = pytest.mark.usefixtures("engine")
+
+
+class Mode(Enum):
+    SUM, PLAIN = 1, 2
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+class Gives(nn.Module):
+    """Gives x on, or nothing, or changes what it is given."""
+
+    def __init__(self, how="x"):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x, acc=None):
+        if acc is not None:
+            acc.append(1)
+        if self.how == "in place":
+            x.view(-1)[0] = 7
+        return None if self.how == "nothing" else x
+
+
+class Case(nn.Module):
+    gain = 1.0
+
+    def __init__(self, how):
+        super().__init__()
+        self.fc, self.fc2, self.norm = nn.Linear(D, D), nn.Linear(D, D), nn.LayerNorm(D)
+        self.drop, self.child, self.steps = nn.Dropout(0.3), Gives(), nn.Sequential(nn.Linear(D, D), nn.ReLU())
+        self.one, self.wide = nn.Parameter(torch.tensor([0.5])), nn.Parameter(torch.rand(5, D))
+        self.phi, self.cfg, self.stats, self.rng = F.relu, {"scale": 2.0}, {"n": 0}, random.Random(3)
+        self.register_buffer("seen", torch.zeros(()))
+        self.how = how
+
+    def forward(self, *args, **kwargs):
+        return self.how(self, *args, **kwargs)
+
+
+def changes_its_input(m, x):
+    x += torch.relu(m.fc(x))
+    return x
+
+
+def changes_a_view(m, x):
+    x = x.clone()
+    h = x.view(-1, 2)
+    h *= 2
+    return x + torch.relu(m.fc(x))
+
+
+def changes_a_name_of_it(m, x):
+    y = torch.relu(m.fc(x))
+    k = y
+    y += x
+    return y + k
+
+
+def counts(m, x):
+    m.stats["n"] += 1
+    return x + torch.relu(m.fc(x))
+
+
+def draws_its_own(m, x):
+    return x + torch.relu(m.fc(x)) if m.rng.random() < 0.5 else x
+
+
+def draws_from_numpy(m, x):
+    return x + torch.relu(m.fc(x)) if np.random.rand() < 0.5 else x
+
+
+def asks_gradients(m, x):
+    return x + torch.relu(m.fc(x)) if torch.is_grad_enabled() else x - torch.relu(m.fc(x))
+
+
+def reverses(m, x):
+    return x + torch.relu(m.fc(Reversed.apply(x)))
+
+
+def without_autocast(m, x):
+    with torch.autocast("cpu", enabled=False):
+        return x + torch.relu(m.fc(x))
+
+
+def checkpointed(m, x):
+    return x + torch.utils.checkpoint.checkpoint(m.steps, x, use_reentrant=False)
+
+
+def asks_type(m, x):
+    return x + torch.relu(m.fc(x)) if type(x) is torch.Tensor else x
+
+
+def asks_is_tensor(m, x):
+    return x + torch.relu(m.fc(x)) if torch.is_tensor(x) else x
+
+
+def asks_mode(m, x, mode=Mode.SUM):
+    return x + torch.relu(m.fc(x)) if mode is Mode.SUM else torch.relu(m.fc(x))
+
+
+def asks_same(m, x, y):
+    return x + torch.relu(m.fc(y)) if x is y else torch.relu(m.fc(y))
+
+
+def asks_a_dict(m, x, given):
+    r = given.get("r")
+    return x + torch.relu(m.fc(x)) if r is None else r + torch.relu(m.fc(x))
+
+
+def asks_a_child(m, x):
+    g = m.child(x)
+    return torch.relu(m.fc(x)) if g is None else g + torch.relu(m.fc(x))
+
+
+def asks_an_attribute(m, x):
+    return x + torch.relu(m.fc(x)) if hasattr(x, "tag") else torch.relu(m.fc(x))
+
+
+def matches(m, x):
+    match x:
+        case torch.Tensor():
+            return x + torch.relu(m.fc(x))
+        case _:
+            return x
+
+
+def catches(m, x):
+    try:
+        return x + torch.relu(m.fc(x[:, :3]))
+    except RuntimeError:
+        return x - torch.relu(m.fc(x))
+
+
+def reads_objects(m, x):
+    return x + m.cfg["scale"] * torch.relu(m.fc(x))
+
+
+def reads_the_class(m, x):
+    return x + m.gain * torch.relu(m.fc(x))
+
+
+def reads_a_childs(m, x):
+    return x + F.dropout(torch.relu(m.fc(x)), 0.0) * (1 - m.drop.p)
+
+
+def calls_a_childs_forward(m, x):
+    return x + torch.relu(m.fc(m.child.forward(x)))
+
+
+def gives_a_list(m, x):
+    acc = []
+    h = m.child(x, acc)
+    return h + torch.relu(m.fc(h)) * len(acc)
+
+
+def broadcasts_a_parameter(m, x):
+    h = torch.relu(m.fc(x)) + m.wide
+    return h + x if h.shape == x.shape else h
+
+
+def called_between(m, x):
+    z = m.fc(x)
+    m.child(x)
+    return z + x
+
+
+def a_dict_of_its_kind(m, x):
+    return OrderedDict(y=x + torch.relu(m.fc(x)))
+
+
+def twice_the_same(m, x):
+    h = torch.relu(m.fc(x))
+    return torch.cat([h + h, torch.cat([h, h], -1)], -1)
+
+
+def of_no_input(m, n=None):
+    return m.wide + torch.relu(m.fc(m.wide))
+
+
+def by_keywords(m, x):
+    return x + torch.relu(F.linear(input=x, weight=m.fc.weight, bias=m.fc.bias))
+
+
+def scaled(m, x):
+    return x + m.one * torch.relu(m.fc(x))
+
+
+def clamped(m, x):
+    return x + m.fc(x).clamp(-0.1, 0.1)
+
+
+def clamped_below(m, x):
+    return x + m.fc(x).clamp(min=0)
+
+
+def nearly_relu(m, x):
+    return x + (torch.relu(m.fc(x)) + 1e-12).log()
+
+
+def sigmoid_in_place(m, x):
+    z = m.fc(x)
+    t = z.sigmoid_()
+    return x + z * t
+
+
+def plain(m, x):
+    return x + torch.relu(m.fc(x))
+
+
+def in_steps(m, x):
+    return x + m.steps(x)
+
+
+def nothing(m):
+    pass
+
+
+def attribute(name, value):
+    return lambda m: setattr(m, name, value)
+
+
+def zero_bias(m):
+    with torch.no_grad():
+        m.fc.weight.zero_(), m.fc.bias.zero_()
+
+
+def without_a_bias(m):
+    m.fc.bias = None
+
+
+def another_bias(m):
+    m.fc.bias = nn.Parameter(torch.ones(D))
+
+
+CASES = [
+    (changes_its_input, nothing),
+    (changes_a_view, nothing),
+    (changes_a_name_of_it, nothing),
+    (counts, nothing),
+    (draws_its_own, nothing),
+    (draws_from_numpy, nothing),
+    (asks_gradients, nothing),
+    (reverses, nothing),
+    (without_autocast, nothing),
+    (checkpointed, nothing),
+    (asks_type, nothing),
+    (asks_is_tensor, nothing),
+    (asks_mode, nothing),
+    (asks_a_child, lambda m: setattr(m.child, "how", "nothing")),
+    (asks_an_attribute, nothing),
+    (matches, nothing),
+    (catches, nothing),
+    (reads_objects, lambda m: m.cfg.update(scale=5.0)),
+    (reads_the_class, attribute("gain", 3.0)),
+    (reads_a_childs, lambda m: setattr(m.drop, "p", 0.9)),
+    (calls_a_childs_forward, lambda m: setattr(m.child, "forward", lambda x: 2 * x)),
+    (gives_a_list, nothing),
+    (broadcasts_a_parameter, nothing),
+    (called_between, lambda m: setattr(m.child, "how", "in place")),
+    (a_dict_of_its_kind, nothing),
+    (twice_the_same, nothing),
+    (by_keywords, nothing),
+    (scaled, lambda m: m.one.data.mul_(3)),
+    (scaled, lambda m: setattr(m, "one", nn.Parameter(torch.rand(D)))),
+    (scaled, lambda m: setattr(m, "one", nn.Parameter(torch.rand(1, dtype=torch.float64)))),
+    (clamped, nothing),
+    (clamped_below, zero_bias),
+    (nearly_relu, nothing),
+    (sigmoid_in_place, nothing),
+    (plain, without_a_bias),
+    (plain, another_bias),
+    (plain, lambda m: setattr(m.fc, "weight", nn.Parameter(torch.rand(1, D)))),
+    (in_steps, lambda m: m.steps.append(nn.Tanh())),
+    (in_steps, lambda m: m.steps.insert(1, nn.Tanh())),
+]
+
+
+def done(model, change, x, grad):
+    """All that a call leaves behind, or the error that it ends with."""
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    change(model)
+    try:
+        return left_behind(model, x, grad)
+    except RuntimeError as error:
+        return {"error": str(error)}
+
+
+def left_behind(model, x, grad):
+    given = x.clone().requires_grad_(grad)
+    held = given * 1
+    found = {}
+    with torch.set_grad_enabled(grad):
+        y = model(held)
+        found["kind"] = type(y)
+        y = y["y"] if isinstance(y, dict) else y
+        found["y"] = y.detach().clone()
+        found["requires"] = y.requires_grad
+        if grad:
+            parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            values = torch.autograd.grad(y.square().sum(), [given, *parameters.values()], allow_unused=True)
+            found |= dict(zip(["dx", *parameters], values, strict=True))
+    found["given"] = held.detach()
+    found["attributes"] = {n: v for n, v in vars(model).items() if n in ("stats", "cfg", "number", "gain")}
+    return found | dict(model.named_buffers())
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+        else:
+            assert ours[name] == value, name
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["gradients", "no-gradients"])
+@pytest.mark.parametrize(("how", "change"), CASES, ids=[f"{how.__name__}-{i}" for i, (how, _) in enumerate(CASES)])
+def test_a_fused_model_does_what_it_did(how, change, grad):
+    eager = Case(how)
+    fused = deepcopy(eager)
+    numpys = np.random.get_state()[1].copy()
+    with torch.set_grad_enabled(not grad):  # what is found in one mode is not taken for the other
+        fusedres.fuse_(fused)
+    assert (np.random.get_state()[1] == numpys).all()
+    x = torch.randn(5, D)
+    for module_change in (nothing, change):
+        for shape in (x, x[:1]):
+            with contextlib.ExitStack() as stack:
+                if how is without_autocast:
+                    stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+                same(done(fused, module_change, shape, grad), done(eager, module_change, shape, grad))
+
+
+@pytest.mark.parametrize(
+    ("how", "calls"),
+    [
+        (asks_mode, [("x",), ("x", Mode.PLAIN), ("x", Mode.SUM)]),
+        (asks_same, [("x", "y"), ("x", "x")]),
+        (asks_a_dict, [("x", {}), ("x", {"r": 1})]),
+        (of_no_input, [(), (3,)]),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_each_call_by_its_own_arguments(how, calls):
+    eager = Case(how)
+    fused = deepcopy(eager)
+    fusedres.fuse_(fused)
+    tensors = {"x": torch.randn(5, D), "y": torch.randn(5, D)}
+
+    def real(one):
+        if isinstance(one, dict):
+            return dict.fromkeys(one, tensors["y"])
+        return tensors[one] if isinstance(one, str) else one
+
+    for call in calls * 2:
+        given = [real(one) for one in call]
+        torch.testing.assert_close(fused(*given), eager(*given))
+
+
+def test_a_replica_that_is_called_first():
+    eager = Case(plain)
+    fusedres.fuse_(eager)
+    replica = eager._replicate_for_data_parallel()
+    replica._modules = dict(replica._modules)
+    replica._modules["fc"] = nn.Linear(D, D)
+    x = torch.randn(3, D)
+    torch.testing.assert_close(replica(x), x + torch.relu(replica.fc(x)))
+    torch.testing.assert_close(eager(x), x + torch.relu(eager.fc(x)))
+
+
+class Stored(nn.Module):
+    """Keeps what it has met in containers, which a recording puts back as they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(D, D)
+        self.queue, self.table = [torch.ones(2), torch.ones(2)], {"n": 0, "k": 5}
+
+    def forward(self, x):
+        tables = [getattr(self, name) for name in ("tab" + "le", "que" + "ue")]  # no name of which it can be known
+        return self.kept(tables, x + torch.relu(self.fc(x)))
+
+    def kept(self, tables, y):
+        tables[0].update(n=tables[0]["n"] + 1)
+        tables[1].pop(0)
+        tables[1].append(y.detach())
+        return y
+
+
+def test_containers_are_as_they_were():
+    model = Stored()
+    queue = list(model.queue)
+    fusedres.fuse_(model)
+    assert model.table == {"n": 0, "k": 5}
+    assert len(model.queue) == 2
+    assert all(a is b for a, b in zip(model.queue, queue, strict=True))
+    model(torch.randn(3, D))
+    assert model.table["n"] == 1
+
+
+def test_a_slice_of_a_fused_sequential_is_a_new_module():
+    model = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
+    x = torch.randn(3, D)
+    expected = model[:2](x)
+    fusedres.fuse_(model)
+    torch.testing.assert_close(model[:2](x), expected)
+
+
+def test_what_fusing_cannot_do_is_a_reason_and_no_error():
+    lazy = nn.Sequential(nn.LazyLinear(D), nn.ReLU())
+    fusedres.fuse_(lazy)
+    assert lazy(torch.randn(3, 5)).shape == (3, D)
+
+    class Registered(nn.Module):
+        kinds: list = []  # noqa: RUF012
+
+        def __init_subclass__(cls, *, key, **options):
+            super().__init_subclass__(**options)
+            cls.kinds.append(key)
+
+    class Mine(Registered, key="mine"):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(D, D)
+
+        def forward(self, x):
+            return x + torch.relu(self.fc(x))
+
+    report = fusedres.fuse_(Mine())
+    assert "Registered has an __init_subclass__, which a class over it would call" in report.left[0].because
+    assert Registered.kinds == ["mine"]
