@@ -61,12 +61,15 @@ def test_layers_run_as_operators_forward_and_backward(name, launches):
 
 
 @pytest.mark.slow
-def test_any_number_of_rows_is_compiled_once():
-    model, eager = compiled(nn.Sequential(*(Written(WRITINGS["mlp"][0]) for _ in range(2))), dynamic=True)
+def test_any_number_of_rows_is_compiled_once(launches):
+    blocks = [Written(WRITINGS[name][0]) for name in ("function", "mlp")]  # of which one takes the graph's own input
+    model, eager = compiled(nn.Sequential(*blocks), dynamic=True)
     agrees(model, eager, torch.randn(3, 4, D))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (2, 7, 16):
-            agrees(model, eager, torch.randn(rows, 4, D))
+            launches.clear()
+            agrees(model, eager, torch.randn(rows, 4, D), terms=64.0 * D)  # gradients add rows, and features
+            assert launches.count("forward") >= 3
 
 
 @pytest.mark.slow
@@ -200,8 +203,57 @@ def test_explain_lists_the_layers(graphs):
             ("0.fc1", "native", "none"),
             ("0.fc2", "native", "residual"),
         ]
+    for _ in range(10):  # again and again, which is captured once
+        assert len(fusedres.explain(call, x)) == 2
     assert not fusedres.explain(torch.compile(model, backend="eager"), x)
     assert not fusedres.explain(model, x)
+    model.compile(backend="fusedres")
+    assert [one.spec.skip for one in fusedres.explain(model, x)] == ["none", "residual"]
+
+
+def without_gradients(m, x):
+    with torch.no_grad():
+        h = torch.relu(m.fc(x))
+    return x + h
+
+
+def some_without_gradients(m, x):
+    with torch.no_grad():
+        z = m.fc(x)
+    return x + torch.relu(z)
+
+
+@pytest.mark.parametrize("how", [without_gradients, some_without_gradients])
+def test_a_layer_does_not_reach_across_the_end_of_a_block(how, graphs):
+    model, eager = compiled(Written(how))
+    agrees(model, eager, torch.randn(3, D))
+
+
+@torch.library.custom_op("fusedres_tests::double_", mutates_args={"x"})
+def double_(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+def changed_by_an_operator(m, x):
+    x = x * 1
+    z = m.fc(x)
+    torch.ops.fusedres_tests.double_(x)
+    return z + x
+
+
+def test_an_operator_that_changes_its_argument_is_not_passed_by(graphs):
+    model, eager = compiled(Written(changed_by_an_operator))
+    x = torch.randn(3, D)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), eager(x))
+
+
+def test_operands_of_unlike_dtypes_are_not_an_operators(graphs):
+    model = Written(lambda m, x: x.double() + torch.relu(m.fc(x)))
+    x = torch.randn(3, D)
+    y = torch.compile(model, backend=room.fusedres)(x)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, model(x))
 
 
 def test_a_network_in_eager_mode_is_not_changed_by_compiling_it(graphs):

@@ -35,6 +35,8 @@ def fusedres(module: GraphModule, inputs: Sequence[Any], **inductor: Any) -> Cal
     if rewritten is not None:
         try:
             return _compiled(rewritten, inputs, **inductor)
+        except torch._dynamo.exc.RestartAnalysis:  # Dynamo's own way to begin again
+            raise
         except Exception as error:
             what = f"compiling with {_counted(rewritten)} failed"
             warnings.warn(_as_written(what, error), RuntimeWarning, stacklevel=2)
@@ -195,20 +197,36 @@ def _listed(compiled: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     if inner is None:
         return
 
-    def listing(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = GraphModule(module, _copied(module))
-        for match, spec, choice in layers_of(found):
-            values = Operands(_value(match.x), _value(match.weight))
+    with torch.no_grad():
+        torch.compile(inner, backend=_noting, dynamic=False)(*args, **kwargs)
+
+
+def _noting(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A captured graph as it is, which tells of its layers at each call. One backend, so that it is captured once."""
+    layers = layers_of(GraphModule(module, _copied(module)))
+
+    def run(*args: Any) -> Any:
+        for match, spec, choice in layers:
+            values = Operands(_sized(match.x), _sized(match.weight))
             with explanation.part(_name_of(match.linear)):
                 explanation.note(choice, values, spec, values.x.dtype, choice)
-        return module.forward
+        return module(*args)
 
-    with torch.no_grad():
-        torch.compile(inner, backend=listing, dynamic=False)(*args, **kwargs)
+    return run
+
+
+def _sized(node: Node) -> Tensor:
+    """A tensor of the sizes that a node's value was captured with, of which some may be symbols since."""
+    value = _value(node)
+    sizes = [size if type(size) is int else size.node.hint for size in value.shape]
+    return torch.empty(sizes, dtype=value.dtype, device="meta")
 
 
 def _author_of(compiled: Callable[..., Any]) -> Callable[..., Any] | None:
     """The function or module that this backend compiles; None of others."""
+    own = getattr(compiled, "_compiled_call_impl", None)
+    if own is not None:  # nn.Module.compile
+        return None if _author_of(own) is None else compiled._call_impl  # type: ignore[attr-defined]
     context = getattr(compiled, "dynamo_ctx", None)
     if context is None:
         config = getattr(compiled, "get_compiler_config", None)
