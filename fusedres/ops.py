@@ -200,8 +200,9 @@ def _visible_backward(
     """_backward, as an operator where somebody else is to see it."""
     if dispatch.is_legacy_batch(g):  # a batch of gradients (is_grads_batched=True) has no kernel: the formula does it
         return _spread(_reference_gradients(g, operands, spec, wanted), wanted)
-    call = _call_backward_operator if needs_operator((g, operands.x)) else _backward
-    return call(g, operands, kept, s, spec, wanted)
+    if needs_operator((g, operands.x)):
+        return _call_backward_operator(g, operands, kept, s, spec, wanted)
+    return _backward(g, operands, _as_matrix(kept), _as_matrix(s), spec, wanted)
 
 
 def _unwatched(spec: LayerSpec) -> LayerSpec:
@@ -289,7 +290,16 @@ def _residual_linear(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype, keeps_skip = _kept(operands, spec, keep)
     found = _forward(operands, spec, dtype is not None or keeps_skip)
     y, kept, s = (operands.x.new_empty(0) if t is None else t for t in found)
-    return y, kept, s
+    return y, _led(kept, operands.x), _led(s, operands.x)
+
+
+def _led(kept: Tensor, x: Tensor) -> Tensor:
+    """[M, N] as [..., N], so that whoever divides x along a leading dimension divides it alike."""
+    return kept.view(*x.shape[:-1], -1) if x.dim() > 2 and kept.numel() > 0 else kept
+
+
+def _as_matrix(kept: Tensor | None) -> Tensor | None:
+    return kept.reshape(-1, kept.shape[-1]) if kept is not None and kept.dim() > 2 else kept
 
 
 @torch.library.register_fake("fusedres::residual_linear", lib=_LIBRARY)
@@ -298,10 +308,10 @@ def _residual_linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, N = operands.x, operands.weight.shape[0]
     columns = N + ((x if operands.residual is None else operands.residual).shape[-1] if spec.skip == "concat" else 0)
     y = x.new_empty(*x.shape[:-1], columns, dtype=_output_dtype(operands))
-    M = prod(x.shape[:-1])  # not Size.numel(), which turns a symbolic size into a number
+    leading = x.shape[:-1] if x.dim() > 2 else (prod(x.shape[:-1]),)  # numel() turns a symbolic size into a number
     dtype, keeps_skip = _kept(operands, spec, keep)
-    kept = x.new_empty(0) if dtype is None else x.new_empty(M, N, dtype=dtype)
-    return y, kept, x.new_empty(M, N) if keeps_skip else x.new_empty(0)
+    kept = x.new_empty(0) if dtype is None else x.new_empty(*leading, N, dtype=dtype)
+    return y, kept, x.new_empty(*leading, N) if keeps_skip else x.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -329,7 +339,7 @@ def _call_backward_operator(
 def _residual_linear_backward(g: Tensor, kept: Tensor, s: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     operands, spec, wanted = _unpack(arguments)
     _, kept, s = _split((*operands, kept, s))
-    gradients = _backward(g, operands, kept, s, spec, Wanted(*wanted))
+    gradients = _backward(g, operands, _as_matrix(kept), _as_matrix(s), spec, Wanted(*wanted))
     return tuple(g.new_empty(0) if t is None else _owned(t, g) for t in gradients)
 
 

@@ -79,6 +79,7 @@ ARROWS = {
     "stack": {"kernels", "dispatch", "network", "reference", "stack_checks"},
     "gradients": {"kernels", "recording"},
     "warming": {"dispatch"},
+    "parallel": {"kernels", "checks", "ops", "functional", "modules", "stack"},
     "studies": {"functional", "reference", "gradients", "modules", "residual", "stack", "dispatch", "explanation", ""},
     "cli": {
         "requirement",

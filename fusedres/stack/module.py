@@ -364,7 +364,9 @@ class FusedResidualStack(nn.Module):
         own = {prefix + name: value for name, value in self.by_layer().items()}
         given = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
         missing = [name for name in own if name not in given]
-        unknown = [name for name in given if name not in own]
+        # beside the slices, torch.distributed.checkpoint hands the parameters back too
+        known = own if missing else {*own, *(prefix + name for name, _ in self.named_parameters())}
+        unknown = [name for name in given if name not in known]
         faults = []
         if not is_missing_fine:
             faults += [f"missing: {_shortened(missing)}"] if missing else []

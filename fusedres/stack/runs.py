@@ -56,16 +56,47 @@ class Run(nn.Module):
         return self._rows(name, stack)[place]
 
     def _rows(self, name: str, stack: Tensor) -> Tensor:
+        stack = _gathered(stack)
         is_flat = name == "bias" or (name == "branch_scale" and self.is_per_channel)
         return stack.view(-1, self.width) if is_flat else stack
 
-    def stacked(self, slices: Sequence[Tensor]) -> Tensor:
+    def stacked(self, slices: Sequence[Any]) -> Tensor:
         """The other way: a weight from matrices, a flat tensor from vectors or numbers."""
-        stack = torch.stack(list(slices))
+        stack = torch.stack([one.full_tensor() if _is_divided(one) else one for one in slices])
         return stack if stack.dim() == 3 else stack.flatten()
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        last = self.register_load_state_dict_pre_hook(_divide)  # after FSDP's, which divides the parameters again
+        super()._load_from_state_dict(*arguments)
+        last.remove()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={list(value.shape)}" for name, value in self.named_parameters())
+
+
+def _is_divided(tensor: Any) -> bool:
+    """Whether ranks have parts of it: a DTensor, as FSDP leaves parameters; without importing what knows."""
+    return hasattr(tensor, "placements")
+
+
+def _gathered(stack: Any) -> Tensor:
+    """The tensor whole on each rank: a layer may lie across them."""
+    if not _is_divided(stack):
+        return stack
+    from torch.distributed.tensor import Replicate
+
+    return stack.redistribute(placements=[Replicate()] * len(stack.placements))
+
+
+def _divide(run: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lays what is loaded out among ranks as the parameters are."""
+    own: Any
+    for name, own in run.named_parameters():
+        value = state_dict.get(prefix + name)
+        if _is_divided(own) and value is not None and not _is_divided(value):
+            from torch.distributed.tensor import distribute_tensor
+
+            state_dict[prefix + name] = distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
 
 
 class LinearSlice(nn.Linear):
