@@ -5,23 +5,20 @@ python -m torch.distributed.run --nproc-per-node 2 tests/sharded.py OUT      wha
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
+from torchrun import run_cases
 
 from fusedres import FusedResidualLinear, functional, reference
 from fusedres.parallel import FusedColwiseParallel, FusedRowwiseParallel
@@ -390,28 +387,5 @@ EVERY: dict[str, Callable[[DeviceMesh], None]] = {
 }
 
 
-def main(out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    failed: dict[str, str] = {}
-    for name, case in EVERY.items():
-        try:
-            case(mesh)
-            failed[name] = ""
-        except Exception:
-            failed[name] = traceback.format_exc()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, failed)
-    if dist.get_rank() == 0:
-        worst = {name: next((one[name] for one in everyone if one[name]), "") for name in failed}
-        with open(out, "w") as file:
-            json.dump(worst, file)
-    dist.barrier()
-
-
 if __name__ == "__main__":
-    from torchrun import leave
-
-    main(sys.argv[1])
-    leave()
+    run_cases(sys.argv[1], EVERY)

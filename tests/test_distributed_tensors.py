@@ -1,4 +1,4 @@
-"""DTensor's rules for a layer, and the styles of tensor parallelism, on 2 and 4 processes against one."""
+"""DTensor's rules for a layer, tensor parallelism, FSDP, DDP and pipelines, on 2 and 4 processes against one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 from functools import cache
 from importlib.util import find_spec
 
+import fully_sharded
 import pytest
+import sharded
 import torch.distributed
-from sharded import EVERY
 from torchrun import torchrun
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
@@ -16,12 +17,12 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What failed, by case, on so many processes, which run once."""
+    """What failed, by case, of a script on so many processes, which run once."""
 
     @cache
-    def run(name, processes):
-        out = tmp_path_factory.mktemp("sharded") / "failed.json"
-        ran = torchrun(processes, "tests/sharded.py", out, **({"TRITON_INTERPRET": "1"} if name == "triton" else {}))
+    def run(script, name, processes):
+        out = tmp_path_factory.mktemp("cases") / "failed.json"
+        ran = torchrun(processes, f"tests/{script}", out, **({"TRITON_INTERPRET": "1"} if name == "triton" else {}))
         assert ran.returncode == 0, ran.stderr[-3000:]
         return json.loads(out.read_text())
 
@@ -30,15 +31,20 @@ def found(tmp_path_factory):
 
 @pytest.fixture(params=["engine-2", "engine-4", "triton-2"])
 def failed(request, found):
-    """Triton, which is interpreted, keeps for backward what the engine does not."""
+    """By script. Triton, which is interpreted, keeps for backward what the engine does not."""
     name, processes = request.param.split("-")
     if name == "engine":
         request.getfixturevalue("engine")
     elif find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    return found(name, int(processes))
+    return lambda script: found(script, name, int(processes))
 
 
-@pytest.mark.parametrize("case", EVERY)
+@pytest.mark.parametrize("case", sharded.EVERY)
 def test_many_compute_what_one_does(failed, case):
-    assert not failed[case], failed[case]
+    assert not failed("sharded.py")[case], failed("sharded.py")[case]
+
+
+@pytest.mark.parametrize("case", fully_sharded.EVERY)
+def test_many_train_as_one_does(failed, case):
+    assert not failed("fully_sharded.py")[case], failed("fully_sharded.py")[case]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fusedres import plans
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +33,28 @@ def torchrun(processes: int, script: str, *arguments: object, **variables: str) 
         text=True,
         timeout=120,
     )
+
+
+def run_cases(out: str, every: dict[str, Callable[[DeviceMesh], None]]) -> None:
+    """Each case on all processes that torchrun started; what failed anywhere, by case, as JSON. Does not return."""
+    torch.set_num_threads(1)
+    plans.TOGETHER_UP_TO = 0  # interpreted, narrow layers keep for backward what wider ones do
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    failed: dict[str, str] = {}
+    for name, case in every.items():
+        try:
+            case(mesh)
+            failed[name] = ""
+        except Exception:
+            failed[name] = traceback.format_exc()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, failed)
+    if dist.get_rank() == 0:
+        worst = {name: next((one[name] for one in everyone if one[name]), "") for name in failed}
+        Path(out).write_text(json.dumps(worst))
+    dist.barrier()
+    leave()
 
 
 def leave() -> NoReturn:
