@@ -122,8 +122,9 @@ def die(step: int, given: argparse.Namespace) -> None:
 
 def told(losses: list[float], alone: list[float], what: str, bound: float) -> int:
     """Prints the losses beside those of one process; 1 where one is off by more than bound, relative to the first."""
-    worst = max(abs(many - one) / alone[0] for many, one in zip(losses, alone, strict=True))
-    is_wrong = not worst <= bound
+    apart = [abs(many - one) / alone[0] for many, one in zip(losses, alone, strict=True)]
+    is_wrong = not all(one <= bound for one in apart)  # a NaN is no less
+    worst = max(apart)
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} processes, and one {what}")
         for i, (many, one) in enumerate(zip(losses, alone, strict=True)):
