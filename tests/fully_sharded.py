@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+import sharded
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -247,4 +248,4 @@ EVERY: dict[str, Callable[[DeviceMesh], None]] = {
 }
 
 if __name__ == "__main__":
-    run_cases(sys.argv[1], EVERY)
+    run_cases(sys.argv[1], sharded.EVERY | EVERY)
