@@ -24,6 +24,8 @@ DESCRIBED = "test_persistent.py"
 WEIGHT = "test_weight_gradient.py"
 NARROW = "kernels/triton/layer_narrow.py"
 COMPILERS, TRAINING = "test_tools_compilers.py", "test_tools_training.py"
+SHARDING, STYLES = "fusedres/parallel/sharding.py", "fusedres/parallel/styles.py"
+DIVIDED = "test_distributed_tensors.py -k train and 2"
 SUM = "test_residual.py -k not compiled and not opcheck"
 
 
@@ -820,6 +822,37 @@ MUTATIONS |= {
     ),
     "tools: a pre-release of the oldest torch is refused": Mutation(
         "fusedres/requirement.py", ">= OLDEST:", "> OLDEST:", "test_requirement.py"
+    ),
+    "DTensor: x itself as the skip of divided columns": Mutation(
+        SHARDING, 'in ("none", "residual", "projection")', 'in ("none", "residual", "projection", "identity")', DIVIDED
+    ),
+    "DTensor: dx of divided columns not summed": Mutation(SHARDING, "dx=sum_", "dx=Replicate()", DIVIDED),
+    "DTensor: a choice remembered for other options": Mutation(
+        SHARDING, 'known[operator].static_argnum = names.index("activation")', "pass", DIVIDED
+    ),
+    "DTensor: dropped rows counted from a rank's first": Mutation(
+        SHARDING, "if spec.drop_path == 0", "if True", DIVIDED
+    ),
+    "DTensor: what is kept laid out by other rows": Mutation(
+        "fusedres/ops.py",
+        "if x.dim() > 2 and kept.numel() > 0",
+        "if False",
+        "test_distributed_tensors.py -k interpreted",
+    ),
+    "tensor parallel: own columns' gradient not summed": Mutation(
+        STYLES, "grad_placements=[Partial()]).narrow", "grad_placements=[Replicate()]).narrow", DIVIDED
+    ),
+    "tensor parallel: bias's gradient of a rank's rows alone": Mutation(
+        STYLES,
+        "gradient = Replicate() if isinstance(output, Replicate) else Partial()",
+        "gradient = Replicate()",
+        DIVIDED,
+    ),
+    "FSDP: slices of a parameter that ranks divide": Mutation(
+        "fusedres/stack/runs.py", "stack = _gathered(stack)", "pass", DIVIDED
+    ),
+    "stages: an activation left out between them": Mutation(
+        "fusedres/parallel/pipeline.py", 'options.pop("last_activation", None)', "pass", "test_stages.py"
     ),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from importlib.util import find_spec
 
 import fully_sharded
@@ -15,39 +14,23 @@ from torchrun import torchrun
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What failed, by case, on so many processes, which run once."""
-
-    @cache
-    def run(name, processes):
-        out = tmp_path_factory.mktemp("cases") / "failed.json"
-        script = "sharded" if name == "triton" else "fully_sharded"  # which has the other's cases too
-        ran = torchrun(processes, f"tests/{script}.py", out, **({"TRITON_INTERPRET": "1"} if name == "triton" else {}))
-        assert ran.returncode == 0, ran.stderr[-3000:]
-        return json.loads(out.read_text())
-
-    return run
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.usefixtures("engine")
+def test_many_compute_and_train_as_one_does(processes, tmp_path):
+    ran = torchrun(processes, "tests/fully_sharded.py", tmp_path / "failed.json")
+    check(ran, tmp_path / "failed.json", sharded.EVERY | fully_sharded.EVERY)
 
 
-@pytest.fixture
-def failed(request, found, run):
-    """Triton, which is interpreted, keeps for backward what the engine does not."""
-    name, processes = run.split("-")
-    if name == "engine":
-        request.getfixturevalue("engine")
-    elif find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    return found(name, int(processes))
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_interpreted_kernels_keep_what_backward_reads(tmp_path):
+    """The engine's operator keeps nothing, so that nothing of it is laid out."""
+    ran = torchrun(2, "tests/sharded.py", tmp_path / "failed.json", TRITON_INTERPRET="1")
+    check(ran, tmp_path / "failed.json", sharded.EVERY)
 
 
-@pytest.mark.parametrize("case", sharded.EVERY)
-@pytest.mark.parametrize("run", ["engine-2", "engine-4", "triton-2"])
-def test_many_compute_what_one_does(failed, case):
-    assert not failed[case], failed[case]
-
-
-@pytest.mark.parametrize("case", fully_sharded.EVERY)
-@pytest.mark.parametrize("run", ["engine-2", "engine-4"])
-def test_many_train_as_one_does(failed, case):
-    assert not failed[case], failed[case]
+def check(ran, out, cases):
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert found.keys() == cases.keys()
+    failed = {name: text for name, text in found.items() if text}
+    assert not failed, "\n".join([", ".join(failed), *failed.values()])
