@@ -225,10 +225,16 @@ def limits() -> str:
 
     def row(n: int) -> list[object]:
         rows = batch // n
-        alone = products(rows, parameters(), 3)
-        return [n, rows, *(f"{milli(form(n, rows)[2])}, {percent(alone / form(n, rows)[2])}" for form in (ddp, fsdp))]
+        alone, inputs = products(rows, parameters(), 3), WEIGHT * rows * WIDTH * LAYERS
+        cells: list[object] = [n, rows, giga(inputs)]
+        for form, state in ((ddp, parameters() * (WEIGHT + GRADIENT + STATE)), (fsdp, state_bytes(n))):
+            step = form(n, rows)[2]
+            fits = "" if inputs + state <= MEMORY else ", does not fit"
+            cells.append(f"{milli(step)}, {percent(alone / step)}{fits}")
+        return cells
 
-    return table(["GPUs", "rows per GPU", "DDP: step, computes", "FSDP2: step, computes"], map(row, COUNTS))
+    heads = ["GPUs", "rows per GPU", "layers' inputs", "DDP: step, computes", "FSDP2: step, computes"]
+    return table(heads, map(row, COUNTS))
 
 
 def together() -> str:

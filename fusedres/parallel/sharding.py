@@ -17,6 +17,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
@@ -164,7 +165,7 @@ def _shapes(*arguments: Any) -> list[torch.Size]:
             return one
         return torch.empty(one.shape, dtype=one.tensor_meta.dtype, device=one.mesh.device_type)
 
-    with FakeTensorMode():
+    with detect_fake_mode() or FakeTensorMode():  # a compiler's, whose sizes may be symbols
         return [one.shape for one in _OPERATORS[0](*map(stand_in, arguments))]
 
 
