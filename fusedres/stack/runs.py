@@ -66,7 +66,8 @@ class Run(nn.Module):
         return stack if stack.dim() == 3 else stack.flatten()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        last = self.register_load_state_dict_pre_hook(_divide)  # after FSDP's, which divides the parameters again
+        # after FSDP's, which divides the parameters again
+        last = self.register_load_state_dict_pre_hook(_divide)  # type: ignore[no-untyped-call]
         super()._load_from_state_dict(*arguments)
         last.remove()
 
@@ -81,11 +82,12 @@ def _is_divided(tensor: Any) -> bool:
 
 def _gathered(stack: Any) -> Tensor:
     """The tensor whole on each rank: a layer may lie across them."""
-    if not _is_divided(stack):
-        return stack
-    from torch.distributed.tensor import Replicate
+    whole: Tensor = stack
+    if _is_divided(stack):
+        from torch.distributed.tensor import Replicate
 
-    return stack.redistribute(placements=[Replicate()] * len(stack.placements))
+        whole = stack.redistribute(placements=[Replicate()] * len(stack.placements))
+    return whole
 
 
 def _divide(run: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
