@@ -255,6 +255,7 @@ def test_networks_of_fused_layers_are_not_fused_again():
     assert [type(module) for module in model.modules()] == before
 
 
+@pytest.mark.usefixtures("engine")
 def test_values_that_are_shared_or_changed_are_not_moved():
     """A product that is read twice, an input that is changed in between: eager's order is kept."""
 

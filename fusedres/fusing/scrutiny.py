@@ -102,7 +102,7 @@ def _is_insiders(frame: FrameType) -> bool:
     """Whether a frame is of code that is not to be looked at: torch's, Python's own, and this room's."""
     name = frame.f_globals.get("__name__", "")
     root = name.partition(".")[0]
-    return root == "torch" or name.startswith("fusedres.fusing") or root in sys.stdlib_module_names - {"__main__"}
+    return root == "torch" or name.startswith("fusedres.fusing") or root in sys.stdlib_module_names
 
 
 def _why_refused(code: CodeType) -> str | None:

@@ -134,7 +134,7 @@ def _why_called(part: nn.Module) -> str | None:
 
 def _run_through(part: nn.Module, path: str, args: Any, kwargs: Any, found: Trace, recorder: Recorder) -> Any:
     """The child's own forward on the stand-ins; as a call, with nothing recorded of it, where that fails."""
-    last = next(reversed(recorder.graph.nodes), None)
+    *_, last = (None, *recorder.graph.nodes)
     inlined, called = dict(found.inlined), dict(found.called)
     found.inlined[path] = part
     recorder.path.append(path)
