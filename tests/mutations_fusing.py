@@ -34,7 +34,7 @@ FUSING = {
     ),
     "fusing: attributes unwatched": (
         "watch.py",
-        'if name not in EVERY_MODULES and name != "_fused_plans" and',
+        "if name not in EVERY_MODULES and name != PLANS and",
         "if False and",
         "test_fuse.py test_fuse_exact.py",
     ),

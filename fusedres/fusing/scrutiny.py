@@ -44,6 +44,7 @@ class Scrutiny:
         self.names: set[str] = set()
         self.asks_isinstance = False
         self._seen: set[CodeType] = set()
+        self._importing: FrameType | None = None
         self._may_change = {
             name: f"{type(part).__name__}.{name}"
             for part in module.modules()
@@ -62,11 +63,15 @@ class Scrutiny:
 
     def install(self) -> None:
         """Also after it has raised: Python takes a profiler that raises away."""
-        self.asks_isinstance = False
+        self.asks_isinstance, self._importing = False, None
         sys.setprofile(self._look)
 
     def _look(self, frame: FrameType, event: str, arg: Any) -> None:
-        if event == "call":
+        if self._importing is not None:
+            self._importing = None if event == "return" and frame is self._importing else self._importing
+        elif event == "call" and frame.f_code.co_name == "_find_and_load":
+            self._importing = frame  # what a module does as it is imported is not done by the forward
+        elif event == "call":
             self._look_at_code(frame)
         elif event == "c_call":
             if not _is_insiders(frame):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .calls import NothingReturned
 from .plans import Plans
 from .values import is_constant
+from .watch import PLANS
 
-PLANS = "_fused_plans"  # the attribute by which a fused module has them
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 

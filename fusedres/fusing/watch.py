@@ -17,6 +17,7 @@ _ANY_HOOKS = [
     getattr(torch_module, f"_global{name}", {}) for name in (*HOOKS, "_forward_hooks_always_called")
 ]  # of all modules of the process
 _NOTHING: Any = object()
+PLANS = "_fused_plans"  # the attribute by which a fused module has them
 _Part = tuple[str, tuple[Any, ...]]  # of an expression: its text, with a {} for each value
 
 
@@ -76,9 +77,9 @@ def _of_attributes(part: nn.Module, names: set[str], is_inlined: bool) -> Iterab
         yield "'forward' in {}", (own,)
     is_plain = type(part) in _OPTIONLESS
     if is_inlined and not is_plain:
-        yield "len({})", (own,)  # one that was its class's until now
+        yield f"len({{}}) - ({PLANS!r} in {{}})", (own, own)  # one that was its class's until now
     for name, value in own.items():
-        if name not in EVERY_MODULES and name != "_fused_plans" and (name in names or (is_inlined and not is_plain)):
+        if name not in EVERY_MODULES and name != PLANS and (name in names or (is_inlined and not is_plain)):
             text = f"{{}}.get({name!r}, {{}})"
             yield f"_known({text})" if type(value) in SCALARS else f"id({text})", (own, _NOTHING)
     if is_inlined and not is_plain and not type(part).__module__.startswith("torch."):
