@@ -9,7 +9,7 @@ FUSING = {
     ),
     "fusing: moved past an operation in place": (
         "patterns.py",
-        "lambda one: admits(one) and _is_safe(one, place)",
+        "lambda one: admits(one) and is_safe(one, place)",
         "admits",
         "test_fuse_left.py -k shared",
     ),

@@ -62,6 +62,9 @@ ARROWS = {
         "reference",
         "modules",
         "mlp",
+        "network",
+        "network_checks",
+        "network_ops",
         "stack",
     },
     "network": {

@@ -165,7 +165,7 @@ def test_where_compiling_with_layers_fails_the_graph_is_compiled_as_written(monk
     monkeypatch.setattr(room, "_compiled", fails_with_layers)
     model, eager = compiled(Written(WRITINGS["mlp"][0]))
     x = torch.randn(3, D)
-    words = "compiling with 2 fused layers failed, the graph is compiled as it was written: RuntimeError: no such instr"
+    words = "compiling with 2 fused calls failed, the graph is compiled as it was written: RuntimeError: no such instr"
     with pytest.warns(RuntimeWarning, match=words):
         y = model(x)
     assert torch.equal(y, eager(x))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from blocks import WRITINGS, D, Written, agrees
 from torch import nn
 
 import fusedres
-from fusedres import reference
 
 pytestmark = pytest.mark.backends("cpu")
 
@@ -21,6 +19,10 @@ def pair(model):
     eager = deepcopy(model)
     report = fusedres.fuse_(model)
     return model, eager, report
+
+
+def layers_in(call):
+    return len(getattr(call.spec, "layers", [call]))
 
 
 def formulas(report):
@@ -40,7 +42,7 @@ def test_every_writing_is_found_and_computes_the_same(name, is_training, device)
     agrees(fused, eager, torch.randn(4, D, device=device))
     with torch.no_grad():
         calls = fusedres.explain(fused, torch.randn(4, D, device=device))
-    assert len(calls) == len(expected)
+    assert sum(layers_in(call) for call in calls) == len(expected)
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
@@ -50,38 +52,6 @@ def test_on_triton(name, device):
     fused, eager, report = pair(Written(how).to(device))
     assert formulas(report) == expected
     agrees(fused, eager, torch.randn(5, D, device=device))
-
-
-class Stack(nn.Module):
-    """Layers in a loop, as in the write-ups: names of its own, a sum wherever shapes agree."""
-
-    def __init__(self, sizes):
-        super().__init__()
-        self.parts = nn.ModuleList(nn.Sequential(nn.Linear(k, n), nn.GELU()) for k, n in pairwise(sizes))
-
-    def forward(self, x):
-        for part in self.parts:
-            y = part(x)
-            x = x + y if y.shape == x.shape else y
-        return x
-
-
-NETWORKS = {
-    "loop": (lambda: Stack([3, 3, 3, 5, 5, 1]), 3, 5),
-    "system-a": (lambda: reference.ShapeGatedStack([3] * 5 + [1]), 3, 5),
-    "system-a-without": (lambda: reference.ShapeGatedStack([3] * 5 + [1], use_residual=False), 3, 5),
-    "system-d": (lambda: reference.ProjectionStack([8, 6, 6, 1]), 8, 3),
-    "sequential-of-blocks": (lambda: nn.Sequential(*(Written(WRITINGS["mlp"][0]) for _ in range(3))), D, 6),
-}
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_networks_are_fused_whole(name, device):
-    build, width, count = NETWORKS[name]
-    fused, eager, report = pair(build().to(device))
-    assert len(formulas(report)) == count
-    for shape in [(7, width), (width,)]:
-        agrees(fused, eager, torch.randn(shape, device=device))
 
 
 class TwoConvolutions(nn.Module):

@@ -65,6 +65,7 @@ class Case(nn.Module):
         self.drop, self.child, self.steps = nn.Dropout(0.3), Gives(), nn.Sequential(nn.Linear(D, D), nn.ReLU())
         self.one, self.wide = nn.Parameter(torch.tensor([0.5])), nn.Parameter(torch.rand(5, D))
         self.phi, self.cfg, self.stats, self.rng = F.relu, {"scale": 2.0}, {"n": 0}, random.Random(3)
+        self.rates = [{"scale": 2.0}]
         self.register_buffer("seen", torch.zeros(()))
 
 
@@ -167,8 +168,12 @@ def catches(m, x):
         return x - torch.relu(m.fc(x))
 
 
-def reads_objects(m, x):
+def reads_lists(m, x):
     return x + m.cfg["scale"] * torch.relu(m.fc(x))
+
+
+def reads_objects(m, x):
+    return x + m.rates[0]["scale"] * torch.relu(m.fc(x))
 
 
 def reads_the_class(m, x):
@@ -290,7 +295,9 @@ CASES = [
     (asks_an_attribute, nothing),
     (matches, nothing),
     (catches, nothing),
-    (reads_objects, lambda m: m.cfg.update(scale=5.0)),
+    (reads_lists, lambda m: m.cfg.update(scale=5.0)),
+    (reads_lists, lambda m: m.cfg.update(scale=True)),
+    (reads_objects, lambda m: m.rates[0].update(scale=5.0)),
     (reads_the_class, attribute("gain", 3.0)),
     (reads_the_class, of_the_class),
     (reads_a_childs, lambda m: setattr(m.drop, "p", 0.9)),
@@ -406,6 +413,7 @@ FUSED = {
     changes_a_view: "x + relu(x Wᵀ + b)",
     changes_a_name_of_it: "relu(x Wᵀ + b)",
     asks_gradients: "x + relu(x Wᵀ + b)",
+    reads_lists: "x + 2 relu(x Wᵀ + b)",
     reads_the_class: "x + relu(x Wᵀ + b)",
     reads_a_childs: "x + 0.7 relu(x Wᵀ + b)",
     asks_a_child: "s + relu(x Wᵀ + b)",
@@ -433,7 +441,7 @@ def test_what_is_fused_of_them(how):
         (reverses, "its forward calls an autograd.Function"),
         (checkpointed, "its forward checkpoints a part of itself"),
         (asks_is_tensor, "its forward asks what a value is"),
-        (reads_objects, "its forward reads reads_objects.cfg, an object that may change inside"),
+        (reads_objects, "its forward reads reads_objects.rates, an object that may change inside"),
         (catches, "its forward catches exceptions"),
     ],
     ids=lambda one: getattr(one, "__name__", ""),

@@ -87,7 +87,7 @@ def asks_for_gradients(m, x):
 
 FORWARDS = {
     counts: "its forward changes what outlives a call, or a part of something, in counts",
-    remembers: r"its forward reads Own\.seen, an object that may change inside",
+    remembers: r"its forward changes Own\.seen",
     draws: "its forward draws from random",
     without_gradients: "its forward enters a context",
     in_other_precision: "its forward enters a context",

@@ -7,6 +7,7 @@ finds the backend by its entry point.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 import warnings
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .. import checks, dispatch, explanation, ops  # noqa: F401 : the operators
+from .. import checks, dispatch, explanation, network_ops, ops  # noqa: F401 : the operators
+from ..kernels.cpu.plan import encoded
 from ..kernels.spec import LayerSpec, Operands
+from . import networks
+from .chains import Chain, chains
 from .patterns import Match, Shape, find
 from .rewriting import options, rewrite, without_idle_dropout
 
@@ -26,7 +30,8 @@ _FOREIGN = {  # autocast, in which the operator does not cast, and torch.func's 
     "_enter_autocast", "_exit_autocast", "_vmap_increment_nesting", "_grad_increment_nesting",
     "_jvp_increment_nesting", "_enter_dual_level",
 }  # fmt: skip
-_OPERATOR = torch.ops.fusedres.residual_linear.default
+_SMALL_WORK = 1_000_000  # M N K of a layer, up to which a network's backward is quicker than calls of its own
+_LAYER, _NETWORK = torch.ops.fusedres.residual_linear.default, torch.ops.fusedres.residual_network.default
 
 
 def fusedres(module: GraphModule, inputs: Sequence[Any], **inductor: Any) -> Callable[..., Any]:
@@ -58,30 +63,47 @@ def _compiled(
 
 
 def _counted(module: GraphModule) -> str:
-    count = sum(node.target is _OPERATOR for node in module.graph.nodes)
-    return f"{count} fused layer{'s' if count > 1 else ''}"
+    count = sum(node.target in (_LAYER, _NETWORK) for node in module.graph.nodes)
+    return f"{count} fused call{'s' if count > 1 else ''}"
 
 
 def _rewritten(module: GraphModule) -> GraphModule | None:
     """A copy of a captured graph with its layers as operators; None where there are none to find."""
     try:
         copied = GraphModule(module, _copied(module))
-        found = {layer.match: layer for layer in layers_of(copied)}
-        graph = copied.graph
+        found = layers_of(copied)
+        specs = {layer.match.end: layer.spec for chain in found for layer in chain}
 
-        def put(match: Match, tensors: tuple[Any, ...], scales: tuple[Any, ...]) -> Node:
-            values = [_value(one) for one in match.operands]
-            keep = torch.is_grad_enabled() and any(value.requires_grad for value in values)
-            learned = [_scalar(graph, one) if isinstance(one, Node) else None for one in scales]
-            given = (*tensors, *learned, None, *found[match].spec, keep)
-            return graph.call_function(operator.getitem, (graph.call_function(_OPERATOR, given), 0))
+        def put(chain: Chain) -> Node:
+            if len(chain) > 1:
+                return _of_network(copied.graph, chain)
+            return _of_layer(copied.graph, chain[0], specs[chain[0].end])
 
-        rewrite(graph, list(found), put)
+        rewrite(copied.graph, [[layer.match for layer in chain] for chain in found], put)
         copied.recompile()
     except Exception as error:
         warnings.warn(_as_written("looking for layers failed", error), RuntimeWarning, stacklevel=3)
         return None
     return copied if found else None
+
+
+def _of_layer(graph: torch.fx.Graph, match: Match, spec: LayerSpec) -> Node:
+    scales = (match.skip_scale, match.branch_scale)
+    given = (
+        match.x, match.weight, match.bias, match.residual, match.projection_weight, match.projection_bias,
+        *(_scalar(graph, one) if isinstance(one, Node) else None for one in scales), None, *spec, _trains(match),
+    )  # fmt: skip
+    return graph.call_function(operator.getitem, (graph.call_function(_LAYER, given), 0))
+
+
+def _of_network(graph: torch.fx.Graph, chain: Chain) -> Node:
+    parts, nodes = networks.parts_of(chain, [""] * len(chain))
+    codes, numbers = encoded(networks.described(parts, [_value(one) for one in nodes]))
+    return graph.call_function(_NETWORK, (chain[0].x, nodes, None, codes, numbers, 0))
+
+
+def _trains(match: Match) -> bool:
+    return torch.is_grad_enabled() and any(_value(one).requires_grad for one in match.operands)
 
 
 def _scalar(graph: torch.fx.Graph, scale: Node) -> Node:
@@ -109,8 +131,8 @@ class Layer(NamedTuple):
     choice: dispatch.Triton | dispatch.Native
 
 
-def layers_of(module: GraphModule) -> list[Layer]:
-    """The layers of a captured graph that kernels take."""
+def layers_of(module: GraphModule) -> list[list[Layer]]:
+    """The layers of a captured graph that kernels take, together those that are to be one call."""
     names = {str(getattr(node.target, "__name__", "")) for node in module.graph.nodes}
     if names & _FOREIGN or dispatch.is_any_autocast_enabled():
         return []
@@ -120,7 +142,33 @@ def layers_of(module: GraphModule) -> list[Layer]:
         described[match] = _described(match)
         return described[match] is not None
 
-    return [cast(Layer, described[match]) for match in find(module.graph, _shape, admits)]
+    def may_join(chain: Chain) -> bool:
+        return _pays_as_one([cast(Layer, described[match]) for match in chain])
+
+    matches = find(module.graph, _shape, admits)
+    joined = chains(module.graph, matches, _shape, admits, may_join)
+    return [[cast(Layer, described[match]) for match in chain] for chain in joined]
+
+
+def _pays_as_one(chain: list[Layer]) -> bool:
+    """Whether a network is to compute them: where calls cost more than to compute activations again in backward."""
+    last = chain[-1]
+    if not isinstance(last.choice, dispatch.Native):
+        return False
+    if _trains(last.match) and _work(last.match) > _SMALL_WORK:
+        return False
+    parts, nodes = networks.parts_of([layer.match for layer in chain], [""] * len(chain))
+    try:
+        networks.described(parts, [_value(one) for one in nodes])
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _work(match: Match) -> int:
+    """M N K, by the sizes that a graph was captured with."""
+    x, weight = _value(match.x), _value(match.weight)
+    return math.prod(_hint(size) for size in (*x.shape, weight.shape[0]))
 
 
 def _value(one: Any) -> Any:
@@ -203,23 +251,39 @@ def _listed(compiled: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
 
 def _noting(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """A captured graph as it is, which tells of its layers at each call. One backend, so that it is captured once."""
-    layers = layers_of(GraphModule(module, _copied(module)))
+    found = layers_of(GraphModule(module, _copied(module)))
 
     def run(*args: Any) -> Any:
-        for match, spec, choice in layers:
-            values = Operands(_sized(match.x), _sized(match.weight))
-            with explanation.part(_name_of(match.linear)):
-                explanation.note(choice, values, spec, values.x.dtype, choice)
+        for chain in found:
+            _note(chain)
         return module(*args)
 
     return run
 
 
+def _note(chain: list[Layer]) -> None:
+    names = [_name_of(layer.match.linear) for layer in chain]
+    (match, spec, choice), x = chain[0], _sized(chain[0].match.x)
+    if len(chain) == 1:
+        with explanation.part(names[0]):
+            explanation.note(choice, Operands(x, _sized(match.weight)), spec, x.dtype, choice)
+        return
+    parts, nodes = networks.parts_of([layer.match for layer in chain], names)
+    network = networks.described(parts, [_value(one) for one in nodes])
+    way = dispatch.cpu_way(x.numel() // network.widths[0], network.widths, x.dtype)
+    with explanation.part(f"{names[0]}…{names[-1]}"):
+        explanation.note_network(choice, x, network, None if isinstance(way, dispatch.Eager) else way, keeps=False)
+
+
 def _sized(node: Node) -> Tensor:
     """A tensor of the sizes that a node's value was captured with, of which some may be symbols since."""
     value = _value(node)
-    sizes = [size if type(size) is int else size.node.hint for size in value.shape]
+    sizes = [_hint(size) for size in value.shape]
     return torch.empty(sizes, dtype=value.dtype, device="meta")
+
+
+def _hint(size: Any) -> int:
+    return size if type(size) is int else cast(int, size.node.hint)
 
 
 def _author_of(compiled: Callable[..., Any]) -> Callable[..., Any] | None:

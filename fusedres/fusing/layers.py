@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from torch.nn.parameter import is_lazy
 
 from . import patterns
+from .chains import Chain, chains
 from .linears import why_left
 from .rewriting import without_idle_dropout
 from .tracing import Trace, trace
@@ -21,23 +22,24 @@ NOTHING_FOLLOWS = "no activation and no addition follows it that a fused layer h
 
 def layers_of(
     module: nn.Module, args: list[Any], kwargs: dict[str, Any], shape_of: patterns.ShapeOf, takes_childrens: bool
-) -> tuple[Trace, list[patterns.Match]]:
+) -> tuple[Trace, list[Chain]]:
     """The trace and its layers, some of which the module puts together itself; none where its children have all."""
+    is_allowed = partial(_is_allowed, module=module)
 
-    def found(only: set[str] | None = None) -> tuple[Trace, list[patterns.Match]]:
+    def found(only: set[str] | None = None) -> tuple[Trace, list[Chain]]:
         traced = trace(module, args, kwargs, only)
         without_idle_dropout(traced.graph)
-        return traced, patterns.find(traced.graph, shape_of, partial(_is_allowed, module=module))
+        matches = patterns.find(traced.graph, shape_of, is_allowed)
+        return traced, chains(traced.graph, matches, shape_of, is_allowed, _stands)
 
-    whole, matches = found()
-    if not matches or not (takes_childrens or any(map(_is_own, matches))):
+    whole, every = found()
+    if not every or not (takes_childrens or any(_is_own(_children(chain, whole)) for chain in every)):
         return whole, []
-    paths = {node.meta["path"] for match in matches for node in match.inside}
-    needed = {next((one for one in upwards(path) if one in whole.inlined), "") for path in paths} - {""}
+    needed = {child for chain in every for child in _children(chain, whole)} - {""}
     try:
         return found(needed)
     except Untraceable:  # a child that takes no part is asked for its result's shape
-        return whole, matches
+        return whole, every
 
 
 def why_not(graph: Graph, matches: list[patterns.Match]) -> dict[str, str]:
@@ -57,10 +59,20 @@ def why_not(graph: Graph, matches: list[patterns.Match]) -> dict[str, str]:
     return found
 
 
-def _is_own(match: patterns.Match) -> bool:
-    """Whether no child has all of a layer inside it."""
-    firsts = {node.meta["path"].split(".")[0] for node in match.inside}
-    return len(firsts) > 1 or firsts == {""}
+def _is_own(children: set[str]) -> bool:
+    """Whether no child has all of some layers inside it."""
+    return len(children) > 1 or children == {""}
+
+
+def _children(chain: Chain, whole: Trace) -> set[str]:
+    """The paths of the children, outermost, that have a part in these layers; "" for the module's own forward."""
+    paths = {node.meta["path"] for match in chain for node in match.inside}
+    return {next((one for one in upwards(path) if one in whole.inlined), "") for path in paths}
+
+
+def _stands(chain: Chain) -> bool:
+    """Whether every tensor of these layers is a parameter or a buffer, the same at every call."""
+    return all(one.op == "get_attr" for match in chain for one in match.operands if one is not match.x)
 
 
 def upwards(path: str) -> list[str]:

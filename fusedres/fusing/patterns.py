@@ -107,7 +107,7 @@ def find(graph: Graph, shape_of: ShapeOf, admits: Callable[[Match], bool]) -> li
         for node in linears:
             if node in taken or (starts[node][0] != "none") != is_activated:
                 continue
-            match = _match(node, starts[node], shape_of, lambda one: admits(one) and _is_safe(one, place))
+            match = _match(node, starts[node], shape_of, lambda one: admits(one) and is_safe(one, place))
             if match is not None and not match.inside & taken:
                 found.append(match)
                 taken |= match.inside
@@ -255,7 +255,7 @@ def _is_fresh(node: Node, changed_by: Node) -> bool:
     )
 
 
-def _is_safe(match: Match, place: dict[Node, int]) -> bool:
+def is_safe(match: Match, place: dict[Node, int]) -> bool:
     """Whether everything may be computed where y is: nothing on the way there changes what it reads."""
     first = min(place[node] for node in match.inside)
     for node, i in place.items():

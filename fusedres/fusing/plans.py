@@ -11,8 +11,9 @@ from torch import nn
 from torch.fx import Graph, Node, Proxy
 
 from . import calls
+from .chains import Chain
 from .layers import layers_of, owner, shapes_of, why_not
-from .patterns import Match
+from .networks import Layers, parts_of
 from .rewriting import options, rewrite
 from .stand_ins import ambient_state
 from .values import Untraceable, kind
@@ -43,7 +44,8 @@ class Plan:
         takes_childrens: fuse what is inside children even where the module itself has no part in it.
         """
         shape_of = shapes_of(module)
-        self.trace, self.matches = layers_of(module, list(args), kwargs, shape_of, takes_childrens)
+        self.trace, chains = layers_of(module, list(args), kwargs, shape_of, takes_childrens)
+        self.matches = [match for chain in chains for match in chain]
         self.why_not = why_not(self.trace.graph, self.matches)
         self.layers = [
             Layer(owner(match.weight) or "", match.formula, (shape_of(match.weight) or (0,))[0], match.saved)
@@ -51,16 +53,25 @@ class Plan:
         ]
         projections = [match.projection_weight for match in self.matches if match.projection_weight is not None]
         self.linears = {layer.name for layer in self.layers} | {owner(one) or "" for one in projections}
+        self.networks: list[Layers] = []
         self.run: Callable[..., Any] | None = None  # (None, what is given, what stands)
         if self.matches:
-            graph = self.trace.graph
-            names = {match: layer.name for match, layer in zip(self.matches, self.layers, strict=True)}
+            rewrite(self.trace.graph, chains, self._put)
+            self.run, self.places = _function(self.trace.graph, module)
 
-            def put(match: Match, tensors: tuple[Any, ...], scales: tuple[Any, ...]) -> Node:
-                return graph.call_function(calls.layer, (*tensors, *scales, options(match), names[match]))
-
-            rewrite(graph, self.matches, put)
-            self.run, self.places = _function(graph, module)
+    def _put(self, chain: Chain) -> Node:
+        """The call of one layer, or of those that follow one another."""
+        graph, first = self.trace.graph, chain[0]
+        names = [owner(match.weight) or "" for match in chain]
+        if len(chain) > 1:
+            parts, nodes = parts_of(chain, names)
+            self.networks.append(Layers(parts))
+            return graph.call_function(self.networks[-1], (first.x, *nodes))
+        given = (
+            first.x, first.weight, first.bias, first.residual, first.projection_weight, first.projection_bias,
+            first.skip_scale, first.branch_scale,
+        )  # fmt: skip
+        return graph.call_function(calls.layer, (*given, options(first), names[0]))
 
     def standing(self) -> list[Any] | None:
         """The parameters and the called children, where they stand now; None where one stands there no more."""
@@ -122,6 +133,12 @@ class Plans:
     def refuse(self, plan: Plan) -> None:
         """Run it no more: a call went otherwise than what was recorded."""
         self.known = {key: None if one is plan else one for key, one in self.known.items()}
+
+    def let_go(self) -> None:
+        """Before tensors may change places with others."""
+        for plan in self.known.values():
+            for layers in plan.networks if plan is not None else ():
+                layers.let_go()
 
     def found(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | None:
         """The rewritten forward for a call; None where the author's is to run."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
+from .chains import Chain
 from .patterns import Match
 
 
@@ -24,23 +26,29 @@ def without_idle_dropout(graph: Graph) -> None:
                 graph.erase_node(node)
 
 
-def rewrite(graph: Graph, matches: list[Match], put: Callable[..., Node]) -> None:
-    """Every match becomes the node that put(match, (x, weight, bias, residual, P, p), (λ, a)) makes where y is."""
+def rewrite(graph: Graph, chains: list[Chain], put: Callable[[Chain], Node]) -> None:
+    """Every chain becomes the node that put(chain) makes where the last y is, of operands that stand in the graph."""
     made: dict[Node, Node] = {}
-    for match in matches:
-        operands = (
-            match.x, match.weight, match.bias, match.residual, match.projection_weight, match.projection_bias,
-            match.skip_scale, match.branch_scale,
-        )  # fmt: skip
-        given: list[Any] = [made.get(one, one) if isinstance(one, Node) else one for one in operands]
-        *tensors, skip_scale, branch_scale = given
-        with graph.inserting_before(match.end):
-            y = put(match, tuple(tensors), (skip_scale, branch_scale))
-            y.meta.update(match.end.meta)
-        made[match.end] = y
-        match.end.replace_all_uses_with(y)
-        for node in sorted(match.inside, reverse=True):
-            graph.erase_node(node)
+    for chain in chains:
+        end = chain[-1].end
+        with graph.inserting_before(end):
+            y = put([_with(made, match) for match in chain])
+            y.meta.update(end.meta)
+        made[end] = y
+        end.replace_all_uses_with(y)
+        for match in reversed(chain):
+            for node in sorted(match.inside, reverse=True):
+                graph.erase_node(node)
+
+
+def _with(made: dict[Node, Node], match: Match) -> Match:
+    """The match with what others have become in the places of its operands."""
+    fields = (
+        "x", "weight", "bias", "residual", "projection_weight", "projection_bias", "skip_scale", "branch_scale",
+    )  # fmt: skip
+    there = {name: getattr(match, name) for name in fields}
+    changed: dict[str, Any] = {name: made[one] for name, one in there.items() if one in made}
+    return replace(match, **changed)
 
 
 def options(match: Match) -> tuple[Any, ...]:

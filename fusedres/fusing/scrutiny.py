@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from .values import EVERY_MODULES, Untraceable, is_constant
+from .values import EVERY_MODULES, Untraceable, contents, is_constant
 
 _STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
 _CATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH")
@@ -49,7 +49,8 @@ class Scrutiny:
             name: f"{type(part).__name__}.{name}"
             for part in module.modules()
             for name, value in vars(part).items()
-            if name not in EVERY_MODULES and not is_constant(value) and not isinstance(value, nn.Module)
+            if name not in EVERY_MODULES
+            and not (is_constant(value) or isinstance(value, nn.Module) or contents(value) is not None)
         }
 
     @contextmanager

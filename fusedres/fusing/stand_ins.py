@@ -176,7 +176,7 @@ def _of_linear(y: Value, x: Value, weight: Any) -> None:
 
 def _of_elementwise(y: Value, operands: Sequence[Any]) -> None:
     """The shape of its operands, where they agree and none is broadcast that a call could broadcast otherwise."""
-    first = next(one for one in operands if isinstance(one, Proxy))
+    first = next((one for one in operands if isinstance(one, Proxy)), None)  # none where parameters alone are changed
     if type(first) is Value and all(_keeps(one, first) for one in operands):
         y.like, y.last = first.like, first.last
 

@@ -55,16 +55,33 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
                 return (cls if made is fused else made, tuple(cls if one is fused else one for one in args), *rest)
             return (_remade, (cls, *args[1:]), *rest)
 
+        def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            _let_go(self)
+            return cls._apply(self, *args, **kwargs)
+
+        def _load_from_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            _let_go(self)
+            cls._load_from_state_dict(self, *args, **kwargs)
+
         own = {
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
             "__reduce_ex__": __reduce_ex__,
+            "_apply": _apply,
+            "_load_from_state_dict": _load_from_state_dict,
             "forward": forward,
             "fused_from": cls,
         }
         _CLASSES[cls] = type(cls)(cls.__name__, (cls,), own)  # type: ignore[misc]
     return _CLASSES[cls]
+
+
+def _let_go(module: nn.Module) -> None:
+    """Before its parameters may change places with others, as torch.utils.swap_tensors does."""
+    plans = vars(module).get(PLANS)
+    if plans is not None:
+        plans.let_go()
 
 
 def _remade(cls: type[nn.Module], *args: Any) -> nn.Module:

@@ -29,6 +29,14 @@ def is_constant(value: Any) -> bool:
     return isinstance(value, (Enum, *_FUNCTIONS))
 
 
+def contents(value: Any) -> tuple[Any, ...] | None:
+    """What a list, a dict or a set of constants holds, to be compared; None of anything else."""
+    if type(value) not in (list, dict, set):
+        return None
+    held = (*value, *value.values()) if type(value) is dict else tuple(value)
+    return (type(value), held, tuple(map(type, held))) if all(map(is_constant, held)) else None
+
+
 def kind(value: Any) -> Any:
     """What a forward may decide by: of what cannot change all of it, of tensors and objects that they are there."""
     if isinstance(value, Tensor):

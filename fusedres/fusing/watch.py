@@ -10,9 +10,10 @@ from torch.nn.modules import module as torch_module
 
 from .layers import upwards
 from .linears import HOOKS, is_ours
-from .values import EVERY_MODULES, SCALARS
+from .values import EVERY_MODULES, SCALARS, contents
 
 _OPTIONLESS = (nn.Linear, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
+_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid)  # which compute by their options alone
 _ANY_HOOKS = [
     getattr(torch_module, f"_global{name}", {}) for name in (*HOOKS, "_forward_hooks_always_called")
 ]  # of all modules of the process
@@ -25,8 +26,8 @@ class Watch:
     """Checks of modules at every call, written out as one expression each: a loop shows in a small block's time.
 
     facts(): what a forward may decide by. Of each module the children, by identity, the parameters, by shape, and the
-    attributes, numbers and switches by value, others by identity; of those that are not run through the attributes that
-    some code names; of classes, the attributes that are no methods.
+    attributes, by value where they are numbers, switches, or lists of them, others by identity; of those that are not
+    run through the attributes that some code names; of classes, the attributes that are no methods.
     """
 
     facts: Callable[[], tuple[Any, ...]]
@@ -67,7 +68,7 @@ def _of_parameters(part: nn.Module) -> Iterable[_Part]:
     for kind in ("_parameters", "_buffers"):
         for name in vars(part)[kind]:
             yield f"getattr({{}}[{kind!r}].get({name!r}), 'shape', None)", (vars(part),)
-        if vars(part)[kind]:
+        if vars(part)[kind] and type(part) is not nn.Linear:
             yield f"len({{}}[{kind!r}])", (vars(part),)
 
 
@@ -75,13 +76,15 @@ def _of_attributes(part: nn.Module, names: set[str], is_inlined: bool) -> Iterab
     own = vars(part)
     if "forward" in names:
         yield "'forward' in {}", (own,)
-    is_plain = type(part) in _OPTIONLESS
-    if is_inlined and not is_plain:
+    is_plain, is_activation = type(part) in _OPTIONLESS, type(part) in _ACTIVATIONS
+    if is_inlined and not is_plain and not is_activation:
         yield f"len({{}}) - ({PLANS!r} in {{}})", (own, own)  # one that was its class's until now
     for name, value in own.items():
-        if name not in EVERY_MODULES and name != PLANS and (name in names or (is_inlined and not is_plain)):
+        is_option = is_inlined and not is_plain and not (is_activation and name == "training")
+        if name not in EVERY_MODULES and name != PLANS and (name in names or is_option):
             text = f"{{}}.get({name!r}, {{}})"
-            yield f"_known({text})" if type(value) in SCALARS else f"id({text})", (own, _NOTHING)
+            is_compared = type(value) in SCALARS or contents(value) is not None
+            yield text if type(value) is str else f"_known({text})" if is_compared else f"id({text})", (own, _NOTHING)
     if is_inlined and not is_plain and not type(part).__module__.startswith("torch."):
         for name in sorted(names - own.keys()):
             value = getattr(type(part), name, _NOTHING)
@@ -90,8 +93,8 @@ def _of_attributes(part: nn.Module, names: set[str], is_inlined: bool) -> Iterab
 
 
 def _known(value: Any) -> Any:
-    """A number with its type, since True equals 1; an object that stands in its place as itself."""
-    return (type(value), value) if type(value) in SCALARS else id(value)
+    """A number with its type, since True equals 1, and what lists hold; other objects as themselves."""
+    return (type(value), value) if type(value) in SCALARS else contents(value) or id(value)
 
 
 def _as_tuple(texts: Iterable[str]) -> str:
