@@ -13,12 +13,16 @@ from torch import nn
 
 import fusedres
 from fusedres.fusing import backend as room
+from fusedres.kernels.cpu.plan import CODES
 
 pytestmark = pytest.mark.usefixtures("engine")
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(monkeypatch):
+    """Small layers too, but where a test asks which pay."""
+    monkeypatch.setattr(room, "LEAST_WORK", 0)
+    monkeypatch.setattr(room, "LEAST_WORK_OF_NETWORK", 0)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -96,6 +100,42 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(room, "_compiled", taken)
     return given
+
+
+def calls_in(graph):
+    """How many layers each call of ours has."""
+    found = {torch.ops.fusedres.residual_linear.default: lambda node: 1}
+    found[torch.ops.fusedres.residual_network.default] = lambda node: len(node.args[3]) // CODES
+    return [found[node.target](node) for node in graph.graph.nodes if node.target in found]
+
+
+def in_a_row():
+    return Written(lambda m, x: m.net(x + m.net(x)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [True, False], ids=["gradients", "no-gradients"])
+def test_layers_in_a_row_are_one_call_where_no_gradient_is_wanted(grad, graphs):
+    model, eager = compiled(in_a_row())
+    x = torch.randn(5, D)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(model(x), eager(x))
+    assert calls_in(graphs[0]) == ([1, 1] if grad else [2])
+    calls = fusedres.explain(model, x)
+    assert [len(getattr(call.spec, "layers", [call])) for call in calls] == [2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "grad", "expected"), [(2, False, []), (16, False, [2]), (16, True, []), (70, True, [1, 1])]
+)
+def test_small_layers_are_left_to_inductor(rows, grad, expected, graphs, monkeypatch):
+    monkeypatch.setattr(room, "LEAST_WORK", 64 * D * D)
+    monkeypatch.setattr(room, "LEAST_WORK_OF_NETWORK", 32 * D * D)
+    model, eager = compiled(in_a_row())
+    x = torch.randn(rows, D)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(model(x), eager(x))
+    assert calls_in(graphs[0]) == expected
 
 
 def fused_layers(graph):
