@@ -28,6 +28,7 @@ def block() -> str:
         stacked(),
         *families(),
         calls(),
+        others(),
         launches(),
         laplacian(),
         recording(),
@@ -195,6 +196,29 @@ def calls() -> Line:
         "against eager on the same CPU",
         f"{'; '.join(figures)} times as fast",
         _by("python bench/overhead.py --device cpu", "overhead-cpu.json"),
+    )
+
+
+def others() -> Line:
+    """Other people's models, as they are, fused in place, and compiled by the backend."""
+    rows = {row["model"]: row["milliseconds"] for row in _results("models-cpu.json")["rows"]}
+
+    def times(name: str, way: str, opponent: str) -> list[float]:
+        return [mode[opponent]["median"] / mode[way]["median"] for mode in rows[name].values()]
+
+    fused = [name for name, modes in rows.items() if "fused" in modes["forward"]]
+    figures = [
+        f"{name} {' and '.join(f'{one:.2g}' for one in times(name, 'fused', 'eager'))} "
+        f"({' and '.join(f'{one:.2g}' for one in times(name, 'fused', 'compile'))})"
+        for name in fused
+    ]
+    backend = between([one for name in rows for one in times(name, "backend", "compile")])
+    return (
+        "models of others with `fuse_`, forward and forward + backward, against eager (against `torch.compile`) on the "
+        "same CPU: the Mixer of mlp-mixer-pytorch, GPT-2 and ViT of transformers, a tabular ResNet, 16 layers of width "
+        "64 for one row; and the backend against `torch.compile`, one model without a match included",
+        f"{'; '.join(figures)} times as fast; the backend {backend} times",
+        _by("python bench/models.py", "models-cpu.json"),
     )
 
 

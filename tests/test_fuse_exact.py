@@ -222,6 +222,14 @@ def by_keywords(m, x):
     return x + torch.relu(F.linear(input=x, weight=m.fc.weight, bias=m.fc.bias))
 
 
+def by_shape(m, x):
+    return x + torch.relu(m.steps[0](x)) * m.fc.weight.shape[0]
+
+
+def by_dtype(m, x):
+    return x + torch.relu(m.fc(x.to(m.fc.weight.dtype)))
+
+
 def scaled(m, x):
     return x + m.one * torch.relu(m.fc(x))
 
@@ -308,6 +316,9 @@ CASES = [
     (a_dict_of_its_kind, nothing),
     (twice_the_same, nothing),
     (by_keywords, nothing),
+    (by_keywords, lambda m: nn.utils.parametrize.register_parametrization(m.fc, "weight", nn.Tanh())),
+    (by_dtype, lambda m: m.double()),
+    (by_shape, lambda m: setattr(m.fc, "weight", nn.Parameter(torch.rand(1, D)))),
     (scaled, lambda m: m.one.data.mul_(3)),
     (scaled, lambda m: setattr(m, "one", nn.Parameter(torch.rand(D)))),
     (scaled, lambda m: setattr(m, "one", nn.Parameter(torch.rand(1, dtype=torch.float64)))),
@@ -419,6 +430,7 @@ FUSED = {
     asks_a_child: "s + relu(x Wᵀ + b)",
     twice_the_same: "relu(x Wᵀ + b)",
     by_keywords: "x + relu(x Wᵀ + b)",
+    by_dtype: "s + relu(x Wᵀ + b)",
     scaled: "x + a relu(x Wᵀ + b)",
     nearly_relu: "relu(x Wᵀ + b)",
     plain: "x + relu(x Wᵀ + b)",

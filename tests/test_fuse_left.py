@@ -43,6 +43,14 @@ def remembers(m, x):
     m.seen.append(x)
 
 
+def updates(m, x):
+    m.__dict__.update(calls=1, more=2)
+
+
+def draws_by_choice(m, x):
+    return x * random.choice([1.0, 2.0])
+
+
 def draws(m, x):
     return x if random.random() < 2 else None
 
@@ -88,7 +96,9 @@ def asks_for_gradients(m, x):
 FORWARDS = {
     counts: "its forward changes what outlives a call, or a part of something, in counts",
     remembers: r"its forward changes Own\.seen",
+    updates: r"its forward changes Own\.calls, Own\.more",
     draws: "its forward draws from random",
+    draws_by_choice: "its forward changes a random state",
     without_gradients: "its forward enters a context",
     in_other_precision: "its forward enters a context",
     asks_a_value: "its forward decides something by the values of a tensor",
@@ -112,6 +122,20 @@ def test_a_forward_that_a_recording_cannot_show_is_left_as_it_was(how):
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
     model(torch.randn(4, D))
+
+
+def test_gradients_are_as_they_were_where_a_forward_turns_them_off():
+    def turns_off(m, x):
+        y = x * 2
+        torch.set_grad_enabled(False)
+        return y
+
+    try:
+        found = left(Own(turns_off))
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
+    assert "its forward switches gradients" in found["fc"]
 
 
 def buffers_change(m, x):

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,21 @@ def test_another_class_over_a_fused_one():
     fused[1].__class__ = author
     fusedres.unfuse_(fused)
     assert type(fused[1]) is Block
+
+
+def test_a_child_called_by_another_thread_in_the_midst_of_a_recording():
+    seen, ones = [], torch.ones(1, D)
+
+    def forward(m, x):
+        seen.append(ThreadPoolExecutor(1).submit(m.norm, ones).result())
+        return x + torch.relu(m.fc(x))
+
+    model = Written(forward)
+    expected = model.norm(ones)
+    assert fusedres.fuse_(model).fused
+    assert len(seen) >= 2  # one of each mode
+    for one in seen:
+        torch.testing.assert_close(one, expected)
 
 
 def test_threads_call_while_another_records():

@@ -17,6 +17,10 @@ _ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid)  # which compute
 _ANY_HOOKS = [
     getattr(torch_module, f"_global{name}", {}) for name in (*HOOKS, "_forward_hooks_always_called")
 ]  # of all modules of the process
+_ASKED = {  # facts of a parameter, and by what names code may ask for them
+    "dtype": {"dtype", "itemsize", "element_size", "is_floating_point", "is_complex", "type"},
+    "device": {"device", "is_cuda", "get_device"},
+}
 _NOTHING: Any = object()
 PLANS = "_fused_plans"  # the attribute by which a fused module has them
 _Part = tuple[str, tuple[Any, ...]]  # of an expression: its text, with a {} for each value
@@ -25,9 +29,9 @@ _Part = tuple[str, tuple[Any, ...]]  # of an expression: its text, with a {} for
 class Watch:
     """Checks of modules at every call, written out as one expression each: a loop shows in a small block's time.
 
-    facts(): what a forward may decide by. Of each module the children, by identity, the parameters, by shape, and the
-    attributes, by value where they are numbers, switches, or lists of them, others by identity; of those that are not
-    run through the attributes that some code names; of classes, the attributes that are no methods.
+    facts(): what a forward may decide by. Of each module the children, by identity, the parameters, by shape and what
+    else is asked of them, and the attributes, by value where they are numbers, switches, or lists of them, others by
+    identity; of those that are not run through what some code names; of classes, the attributes that are no methods.
     """
 
     facts: Callable[[], tuple[Any, ...]]
@@ -52,8 +56,7 @@ class Watch:
             if part._modules:
                 yield "tuple(map(id, {}['_modules'].values()))", (vars(part),)
         for path, part in self.module.named_modules():
-            if path in self.inlined:
-                yield from _of_parameters(part)
+            yield from _of_parameters(part, self.names, path in self.inlined)
             yield from _of_attributes(part, self.names, path in self.inlined)
 
     def is_left_alone(self) -> bool:
@@ -64,12 +67,16 @@ class Watch:
         return not self._is_replaced() and all(is_ours(hook) for hook in hooks)
 
 
-def _of_parameters(part: nn.Module) -> Iterable[_Part]:
+def _of_parameters(part: nn.Module, names: set[str], is_inlined: bool) -> Iterable[_Part]:
+    """Those that a forward is run through with, or names: their shapes, and what else it asks of tensors."""
+    own = vars(part)
+    asked = ["shape", *(fact for fact, asking in _ASKED.items() if not names.isdisjoint(asking))]
     for kind in ("_parameters", "_buffers"):
-        for name in vars(part)[kind]:
-            yield f"getattr({{}}[{kind!r}].get({name!r}), 'shape', None)", (vars(part),)
-        if vars(part)[kind] and type(part) is not nn.Linear:
-            yield f"len({{}}[{kind!r}])", (vars(part),)
+        for name in own[kind]:
+            for fact in asked if is_inlined or name in names else ():
+                yield f"getattr({{}}[{kind!r}].get({name!r}), {fact!r}, None)", (own,)
+        if is_inlined and own[kind] and type(part) is not nn.Linear:
+            yield f"len({{}}[{kind!r}])", (own,)
 
 
 def _of_attributes(part: nn.Module, names: set[str], is_inlined: bool) -> Iterable[_Part]:
