@@ -150,7 +150,7 @@ FUSING = {
         "tracing.py",
         "if threading.get_ident() != here:",
         "if False:",
-        "test_fuse_tools.py -k threads",
+        "test_fuse_tools.py -k midst",
     ),
     "fusing: operands that do not fit raise": (
         "calls.py",
