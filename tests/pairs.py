@@ -1,4 +1,4 @@
-"""A fused layer and a fused stack, each with a twin in plain PyTorch: the same parameters under the same names."""
+"""Fused modules, each with a twin in plain PyTorch: the same parameters under the same names."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fusedres import FusedResidualLinear, FusedResidualStack
+from fusedres import FusedResidualLinear, FusedResidualMLP, FusedResidualStack
 from fusedres.reference import ResidualStack
 
 WIDTH = 6  # of x and of y
 SIZES = [WIDTH, WIDTH, WIDTH, 4, WIDTH]  # a run, and layers by themselves
 LEARNED: dict[str, Any] = {"learn_skip_scale": True, "learn_branch_scale": "channel"}
-every_kind = pytest.mark.parametrize("kind", ["layer", "stack"])
-OPERATORS = {"layer": "residual_linear", "stack": "residual_network"}
+every_kind = pytest.mark.parametrize("kind", ["layer", "mlp", "stack"])
+layer_or_stack = pytest.mark.parametrize("kind", ["layer", "stack"])
+OPERATORS = {"layer": "residual_linear", "mlp": "residual_linear", "stack": "residual_network"}
 
 # Two computations of numbers near one, in single and in double precision.
 CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 2e-5}, torch.float64: {"rtol": 1e-10, "atol": 1e-12}}
@@ -36,10 +37,24 @@ class PlainLayer(nn.Linear):
         return self.skip_scale * x + self.branch_scale * F.gelu(super().forward(x))
 
 
+class PlainMLP(nn.Module):
+    """y = λ x + a fc2(gelu(fc1(x))), named as FusedResidualMLP names it. x [..., d] -> [..., d]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 9), nn.Linear(9, WIDTH)
+        self.fc2.skip_scale, self.fc2.branch_scale = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2.skip_scale * x + self.fc2.branch_scale * self.fc2(F.gelu(self.fc1(x)))
+
+
 def fused_module(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """x [..., WIDTH] -> [..., WIDTH]."""
     if kind == "layer":
         return FusedResidualLinear(WIDTH, **LEARNED, **options, dtype=dtype)
+    if kind == "mlp":
+        return FusedResidualMLP(WIDTH, 9, **LEARNED, **options, dtype=dtype)
     return FusedResidualStack(SIZES, skip="projection", **LEARNED, **options, dtype=dtype)
 
 
@@ -47,7 +62,11 @@ def pair(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.M
     """(fused, plain), always the same, with learned scales that are not alike."""
     torch.manual_seed(0)
     fused = fused_module(kind, dtype)
-    plain = PlainLayer() if kind == "layer" else ResidualStack(SIZES, skip="projection", **LEARNED)
+    plain: nn.Module
+    if kind == "stack":
+        plain = ResidualStack(SIZES, skip="projection", **LEARNED)
+    else:
+        plain = PlainLayer() if kind == "layer" else PlainMLP()
     with torch.no_grad():
         for value in fused.parameters():
             value.add_(0.2 * torch.rand_like(value))

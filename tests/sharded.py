@@ -20,7 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 from torchrun import run_cases
 
-from fusedres import FusedResidualLinear, functional, reference
+from fusedres import FusedResidualLinear, FusedResidualMLP, functional, reference
 from fusedres.parallel import FusedColwiseParallel, FusedRowwiseParallel
 
 WHOLE, SUM = Replicate(), Partial()
@@ -267,6 +267,11 @@ STYLED = {
         lambda: Block(8, 16, branch_scale=0.5, skip_scale=2.0), MLP, forward=(REDUCE,), backward=(REDUCE,)
     ),
     "block-learned": Styled(lambda: Block(8, 8, **CHANNELS), MLP, forward=(REDUCE,), backward=(REDUCE,)),
+    "mlp": Styled(lambda: FusedResidualMLP(8, 16, activation="relu"), MLP, forward=(REDUCE,), backward=(REDUCE,)),
+    "mlp-learned": Styled(
+        lambda: FusedResidualMLP(8, 16, activation="relu", learn_branch_scale="channel", learn_skip_scale=True), MLP,
+        forward=(REDUCE,), backward=(REDUCE,),
+    ),
     "block-dropped": Styled(lambda: Block(8, 8, drop_path=0.5), MLP, forward=(REDUCE,), backward=(REDUCE,)),
     "block-sequence": Styled(
         lambda: Block(8, 8, **CHANNELS), SEQUENCE, given=0, comes=0, forward=(GATHER, SCATTER),

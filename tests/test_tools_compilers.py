@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairs import OPERATORS, SINGLE, WIDTH, every_kind, fused_module, gradients, pair
+from pairs import OPERATORS, SINGLE, WIDTH, every_kind, fused_module, gradients, layer_or_stack, pair
 from test_module import OPTIONS
 from test_operator import dynamo  # noqa: F401 : a fixture
 from test_routes import in_another_process
@@ -69,7 +69,7 @@ def test_compiled_whole_by_the_default_backend(kind, backend, dynamo):  # noqa: 
 # ---------------------------------------------------------------------------------------------- exported
 
 
-@every_kind
+@layer_or_stack
 def test_an_export_takes_in_no_question_about_the_machine(kind, backend):
     """Where it is the first thing that a process does."""
     dispatch._backend.cache_clear()
@@ -101,12 +101,17 @@ def run_elsewhere(load: str, models: dict[str, nn.Module]) -> None:
     assert printed.split() == ["True"] * len(models)
 
 
+def calls_of(kind):
+    """The operators that a module's program calls."""
+    return [f"fusedres.{OPERATORS[kind]}.default"] * (2 if kind == "mlp" else 1)
+
+
 def test_exported_and_loaded_in_another_process(backend, tmp_path):
     models = {}
-    for kind, operator in OPERATORS.items():
+    for kind in OPERATORS:
         models[path := str(tmp_path / f"{kind}.pt2")] = model = within(fused_module(kind)).eval()
         program = torch.export.export(model, (torch.randn(5, 3),), dynamic_shapes=ROWS)
-        assert operators(program) == [f"fusedres.{operator}.default"]
+        assert operators(program) == calls_of(kind)
         torch.export.save(program, path)
     run_elsewhere("torch.export.load(path).module()", models)
 
@@ -115,7 +120,7 @@ def test_exported_and_loaded_in_another_process(backend, tmp_path):
 def test_packaged_by_aotinductor(backend, dynamo, tmp_path):  # noqa: F811
     model = within(nn.Sequential(*map(fused_module, OPERATORS))).eval()
     program = torch.export.export(model, (torch.randn(5, 3),), dynamic_shapes=ROWS)
-    assert operators(program) == [f"fusedres.{name}.default" for name in OPERATORS.values()]
+    assert operators(program) == [name for kind in OPERATORS for name in calls_of(kind)]
     quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # to compile; it is 30 s otherwise
     path = torch._inductor.aoti_compile_and_package(
         program, package_path=str(tmp_path / "model.pt2"), inductor_configs=quick

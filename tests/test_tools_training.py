@@ -19,6 +19,7 @@ from pairs import (
     every_kind,
     fused_module,
     gradients,
+    layer_or_stack,
     pair,
 )
 from test_operator import Log
@@ -71,7 +72,7 @@ def autocast_pair(kind: str, last: int) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("x_dtype", ["float32", "low"])
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("last", [WIDTH, 4])
-@every_kind
+@layer_or_stack
 def test_autocast_gives_the_dtypes_of_unfused_code(kind, last, low, x_dtype, backend):
     fused, plain = autocast_pair(kind, last)
     call = fused if kind == "stack" else fused[0][0]
@@ -127,7 +128,7 @@ def outcome(call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> d
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@every_kind
+@layer_or_stack
 def test_activation_checkpointing(kind, reentrant, backend):
     """With stochastic depth: the rows that were dropped are dropped again."""
     module, x = fused_module(kind, drop_path=0.5), torch.randn(12, WIDTH)
@@ -136,7 +137,7 @@ def test_activation_checkpointing(kind, reentrant, backend):
 
 
 @pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE], ids=str)
-@every_kind
+@layer_or_stack
 def test_selective_checkpointing_by_the_operators_name(kind, policy, backend):
     module, x = fused_module(kind, drop_path=0.5), torch.randn(12, WIDTH)
     operator = getattr(torch.ops.fusedres, OPERATORS[kind]).default
@@ -294,7 +295,7 @@ def halved(linear: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("parametrized", [parametrizations.weight_norm, parametrizations.spectral_norm, halved])
-@every_kind
+@layer_or_stack
 def test_parametrizations(kind, parametrized, backend):
     """Of a layer, and of a stack's that stands by itself; trained a little."""
     fused, plain = pair(kind)
