@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from copy import deepcopy
 from itertools import pairwise
 
@@ -260,6 +262,58 @@ def test_parameters_given_from_outside(of):
             ours, theirs = (torch.func.functional_call(m, given, x) for m in (fused, eager))
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(fused(x), eager(x))
+
+
+@pytest.mark.parametrize("of", ["model", "buffers", "outside"])
+def test_a_recomputation_goes_as_the_forward_went(of):
+    """`checkpoint` refuses where another number of tensors is kept."""
+    model = Own(twice)
+    if of == "buffers":
+        del model.fc2.weight
+        model.fc2.register_buffer("weight", torch.rand(D, D))
+    eager = deepcopy(model)
+    fusedres.fuse_(model)
+    x = torch.randn(4, D)
+
+    def gradient(m):
+        given = x.clone().requires_grad_()
+        parameters = {name: p.detach() * 1 for name, p in m.named_parameters()}
+        call = (lambda z: torch.func.functional_call(m, parameters, (z,))) if of == "outside" else m
+        y = torch.utils.checkpoint.checkpoint(call, given, use_reentrant=False)
+        return torch.autograd.grad(y.sum(), given)[0]
+
+    for _ in range(3):
+        torch.testing.assert_close(gradient(model), gradient(eager))
+
+
+def test_tensors_from_outside_do_not_outlive_their_call():
+    model = Own(twice)
+    fusedres.fuse_(model)
+    given = {name: p.detach() * 1 for name, p in model.named_parameters()}
+    refs = [weakref.ref(one) for one in given.values()]
+    for _ in range(3):
+        torch.func.functional_call(model, given, (torch.randn(4, D),))
+    del given
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * len(refs)
+
+
+def test_nothing_is_kept_of_layers_that_are_frozen():
+    model = Loop([D] * 9)
+    for part in model.parts[:-1]:
+        part.requires_grad_(False)
+    alone = Loop([D] * 2)
+    kept = {}
+    for name, one in (("alone", alone), ("frozen", model)):
+        fusedres.fuse_(one)
+        sizes = kept[name] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
+        ):
+            y = one(x := torch.randn(1000, D))
+        x.zero_()
+        y.sum().backward()
+    assert sum(kept["frozen"]) == sum(kept["alone"])
 
 
 def test_tensors_may_change_places():

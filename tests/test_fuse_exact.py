@@ -7,7 +7,9 @@ attributes and buffers are those of a model that was not fused.
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
+import weakref
 from collections import OrderedDict
 from copy import deepcopy
 from enum import Enum
@@ -54,10 +56,23 @@ class Gives(nn.Module):
         return None if self.how == "nothing" else x
 
 
+class Counts(nn.Module):
+    """Counts its calls in a dict that it shares."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.of_all = shared
+
+    def forward(self, x):
+        self.of_all["n"] = self.of_all["n"] + 1
+        return x
+
+
 class Case(nn.Module):
     """What forwards make use of."""
 
     gain = 1.0
+    rates_of_all = [2.0]  # noqa: RUF012
 
     def __init__(self):
         super().__init__()
@@ -65,13 +80,15 @@ class Case(nn.Module):
         self.drop, self.child, self.steps = nn.Dropout(0.3), Gives(), nn.Sequential(nn.Linear(D, D), nn.ReLU())
         self.one, self.wide = nn.Parameter(torch.tensor([0.5])), nn.Parameter(torch.rand(5, D))
         self.phi, self.cfg, self.stats, self.rng = F.relu, {"scale": 2.0}, {"n": 0}, random.Random(3)
-        self.rates = [{"scale": 2.0}]
+        self.rates, self.kept, self.nested = [{"scale": 2.0}], [1.0], [(1,)]
+        self.shared = {"n": 1.0}
+        self.counter, self.norms, self.two = Counts(self.shared), nn.ModuleList(), nn.ModuleList([nn.Linear(D, D)])
         self.register_buffer("seen", torch.zeros(()))
 
 
 def case(how):
     """A model with this forward."""
-    return type(how.__name__, (Case,), {"forward": how})()
+    return type(how.__name__, (Case,), {"forward": how, "rates_of_all": [2.0]})()
 
 
 def changes_its_input(m, x):
@@ -230,6 +247,52 @@ def by_dtype(m, x):
     return x + torch.relu(m.fc(x.to(m.fc.weight.dtype)))
 
 
+def reads_what_a_child_changed(m, x):
+    h = m.counter(x)
+    return h + torch.relu(m.fc(x)) * m.shared["n"]
+
+
+def keeps_its_list(m, x):
+    return {"y": x + torch.relu(m.fc(x)), "kept": m.kept}
+
+
+def catches_all(m, x):
+    try:
+        return x + torch.relu(m.fc(x)) if x.mean() > -9 else x
+    except:  # noqa: E722
+        return x
+
+
+def reads_an_empty_list(m, x):
+    for norm in m.norms:
+        x = norm(x)
+    return x + torch.relu(m.fc(x))
+
+
+def reads_from_a_list(m, x):
+    return x + torch.relu(F.linear(x, m.two[0].weight, m.two[0].bias))
+
+
+def calls_dropouts_forward(m, x):
+    return x + m.drop.forward(torch.relu(m.fc(x)))
+
+
+def reads_its_classes(m, x):
+    return x + m.rates_of_all[0] * torch.relu(m.fc(x))
+
+
+def reads_nested(m, x):
+    return (
+        x
+        + torch.full((D,), m.nested[0][0], dtype=None).float() / torch.full((D,), m.nested[0][0]).element_size()
+        + (torch.relu(m.fc(x)))
+    )
+
+
+def reads_dict(m, x):
+    return x + m.__dict__["rates"][0]["scale"] * torch.relu(m.fc(x))
+
+
 def scaled(m, x):
     return x + m.one * torch.relu(m.fc(x))
 
@@ -270,6 +333,10 @@ def attribute(name, value):
 
 def of_the_class(m):
     getattr(type(m), "fused_from", type(m)).gain = 3.0
+
+
+def classes_rate(m):
+    m.rates_of_all[0] = 5.0
 
 
 def zero_bias(m):
@@ -317,6 +384,14 @@ CASES = [
     (twice_the_same, nothing),
     (by_keywords, nothing),
     (by_keywords, lambda m: nn.utils.parametrize.register_parametrization(m.fc, "weight", nn.Tanh())),
+    (reads_what_a_child_changed, nothing),
+    (catches_all, nothing),
+    (reads_an_empty_list, lambda m: m.norms.append(nn.LayerNorm(D))),
+    (reads_from_a_list, lambda m: m.two.__setitem__(0, nn.Linear(D, D))),
+    (calls_dropouts_forward, lambda m: setattr(m.drop, "p", 0.9)),
+    (reads_its_classes, classes_rate),
+    (reads_nested, lambda m: setattr(m, "nested", [(1.0,)])),
+    (reads_dict, lambda m: m.rates[0].update(scale=5.0)),
     (by_dtype, lambda m: m.double()),
     (by_shape, lambda m: setattr(m.fc, "weight", nn.Parameter(torch.rand(1, D)))),
     (scaled, lambda m: m.one.data.mul_(3)),
@@ -431,6 +506,11 @@ FUSED = {
     twice_the_same: "relu(x Wᵀ + b)",
     by_keywords: "x + relu(x Wᵀ + b)",
     by_dtype: "s + relu(x Wᵀ + b)",
+    reads_an_empty_list: "x + relu(x Wᵀ + b)",
+    reads_from_a_list: None,
+    calls_dropouts_forward: "x + relu(x Wᵀ + b)",
+    reads_nested: "s + relu(x Wᵀ + b)",
+    reads_its_classes: "x + 2 relu(x Wᵀ + b)",
     scaled: "x + a relu(x Wᵀ + b)",
     nearly_relu: "relu(x Wᵀ + b)",
     plain: "x + relu(x Wᵀ + b)",
@@ -460,6 +540,34 @@ def test_what_is_fused_of_them(how):
 )
 def test_why_the_others_are_left(how, because):
     assert because in fusedres.fuse_(case(how)).left[0].because
+
+
+def test_a_list_that_a_forward_returns_is_the_models_own():
+    model = case(keeps_its_list)
+    fusedres.fuse_(model)
+    assert model(torch.randn(3, D))["kept"] is model.kept
+
+
+def test_a_function_in_the_place_of_another_is_never_taken_for_it():
+    """Nor can it get the other's address, by which it is known: that one is kept."""
+    model = case(lambda m, x: x + m.phi(m.fc(x)))
+    fusedres.fuse_(model)
+    x, before = torch.randn(3, D), []
+    for i in range(12):
+        model.phi = lambda z, i=i: z * i
+        before.append(weakref.ref(model.phi))
+        torch.testing.assert_close(model(x), x + i * model.fc(x))
+    gc.collect()
+    assert all(one() is not None for one in before)
+
+
+def test_braces_in_names():
+    model = case(plain)
+    model.register_parameter("a{b}", nn.Parameter(torch.ones(1)))
+    setattr(model, "c{d", 3)
+    fusedres.fuse_(model)
+    x = torch.randn(3, D)
+    torch.testing.assert_close(model(x), x + torch.relu(model.fc(x)))
 
 
 def test_a_parameter_where_none_was():

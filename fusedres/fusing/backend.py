@@ -173,9 +173,9 @@ def _is_network(chain: list[Layer]) -> bool:
 
 
 def _work(match: Match) -> int:
-    """M N K, by the sizes that a graph was captured with."""
-    x, weight = _value(match.x), _value(match.weight)
-    return math.prod(_hint(size) for size in (*x.shape, weight.shape[0]))
+    """M N K, by the sizes that a graph was captured with; of sizes that only a call tells, enough."""
+    sizes = [_hint(size) for size in (*_value(match.x).shape, _value(match.weight).shape[0])]
+    return LEAST_WORK if None in sizes else math.prod(cast(list[int], sizes))
 
 
 def _value(one: Any) -> Any:
@@ -285,12 +285,12 @@ def _note(chain: list[Layer]) -> None:
 def _sized(node: Node) -> Tensor:
     """A tensor of the sizes that a node's value was captured with, of which some may be symbols since."""
     value = _value(node)
-    sizes = [_hint(size) for size in value.shape]
+    sizes = [_hint(size) or 1 for size in value.shape]
     return torch.empty(sizes, dtype=value.dtype, device="meta")
 
 
-def _hint(size: Any) -> int:
-    return size if type(size) is int else cast(int, size.node.hint)
+def _hint(size: Any) -> int | None:
+    return size if type(size) is int else cast("int | None", size.node.hint)
 
 
 def _author_of(compiled: Callable[..., Any]) -> Callable[..., Any] | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import Parameter
 
-from .. import dispatch, explanation, network_checks
+from .. import explanation, network_checks
 from ..kernels.spec import NetworkSpec
 from ..network import Network
 from . import calls
@@ -86,13 +86,19 @@ def described(parts: Sequence[Part], tensors: Sequence[Any]) -> NetworkSpec:
     return spec
 
 
+def _begins_frozen(x: Tensor, tensors: Tensors) -> bool:
+    """Whether layers before the first that is trained would be kept for a backward that never comes to them."""
+    if x.requires_grad or tensors[0].requires_grad or not torch.is_grad_enabled():
+        return False
+    return any(one.requires_grad for one in tensors)
+
+
 class Layers:
     """x, and the layers' tensors as they stand at that call, -> y. Holds a network of the tensors of its last call."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
         self.name = f"{parts[0].name}…{parts[-1].name}"
-        self._seen: tuple[int, ...] = ()
         self._bound: tuple[Tensors, Network | None] | None = None
         self.__name__, self.__qualname__, self.__module__ = "layers", "layers", __name__  # for torch.fx's code
 
@@ -105,7 +111,7 @@ class Layers:
         if bound is None or not all(map(is_, tensors, bound[0])):
             bound = self._bind(tensors)
         network = bound[1]
-        if network is not None and x.is_cpu:
+        if network is not None and isinstance(x, Tensor) and x.is_cpu and not _begins_frozen(x, tensors):
             try:
                 if explanation.is_listening():
                     with explanation.part(self.name):
@@ -122,14 +128,9 @@ class Layers:
         return x
 
     def _bind(self, tensors: Tensors) -> tuple[Tensors, Network | None]:
-        if torch.compiler.is_compiling() or dispatch.transforms_are_active():  # whose tensors are not to outlive a call
-            return (), None
-        if not all(type(one) in (Tensor, Parameter) and one.is_cpu for one in tensors):
-            self._bound = tensors, None
-            return self._bound
-        known = tuple(map(id, tensors))
-        if known != self._seen and not all(type(one) is Parameter for one in tensors):  # maybe others at every call
-            self._seen = known
+        """Parameters alone: what a transform or `functional_call` gives is another at every call."""
+        self._bound = None
+        if not all(type(one) is Parameter and one.is_cpu for one in tensors):
             return (), None
         try:
             self._bound = tensors, Network(**arguments_of(self.parts, tensors))

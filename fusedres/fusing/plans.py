@@ -123,6 +123,7 @@ class Plans:
         self.module: weakref.ref[nn.Module] | None = None
         self.watch: Watch | None = None
         self.known: dict[Any, Plan | None] = {}
+        self.held: list[tuple[Any, ...]] = []
         self.made = 0
         self.why_not: dict[str, str] = {}
         self.because = ""  # of the last one that could not be made
@@ -181,6 +182,7 @@ class Plans:
         watch = self._watching(module, plan)
         plan = plan if plan is not None and plan.run is not None else None
         self.known[self._kind_of(watch, args, kwargs)] = plan
+        self.held.append(watch.held())
         return plan
 
     def _watching(self, module: nn.Module, plan: Plan | None) -> Watch:
@@ -194,7 +196,7 @@ class Plans:
             inlined, names = inlined | plan.trace.inlined, names | plan.trace.names
         if watch is None or inlined != watch.inlined or names != watch.names:
             watch = self.watch = Watch(module, inlined, names)
-            self.known = {}
+            self.known, self.held = {}, []
         return watch
 
     @staticmethod

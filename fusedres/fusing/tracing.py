@@ -54,22 +54,27 @@ def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], onl
         try:
             with scrutiny.installed():
                 result = forward_of(module)(module, *given, **named)
-            _refuse_other_results(result)
+            own = {id(one): name for part in module.modules() for name, one in vars(part).items()}
+            _refuse_other_results(result, own)
             recorder.create_node("output", "output", (recorder.create_arg(result),), {})
         except Exception as error:
             raise Untraceable(
                 f"its forward cannot be run on stand-ins: {type(error).__name__}: {_short(error)}"
             ) from error
     undone.check()
+    scrutiny.check()
     found.names = scrutiny.names
+    found.inlined |= scrutiny.run
     return found
 
 
-def _refuse_other_results(result: Any) -> None:
-    """A graph returns tuples, lists and dicts; what somebody made of one is another thing."""
+def _refuse_other_results(result: Any, own: dict[int, str]) -> None:
+    """A graph returns new tuples, lists and dicts; what somebody made of one, or keeps, is another thing."""
+    if type(result) in (list, dict) and id(result) in own:
+        raise Untraceable(f"its forward returns {own[id(result)]} itself")
     if type(result) in (tuple, list, dict):
         for one in result.values() if type(result) is dict else result:
-            _refuse_other_results(one)
+            _refuse_other_results(one, own)
     elif not (isinstance(result, Proxy) or is_constant(result)):
         raise Untraceable(f"its forward returns a {type(result).__name__}")
 
@@ -160,10 +165,14 @@ def _forget_after(graph: Graph, last: Node | None) -> None:
         graph.erase_node(node)
 
 
+def _has_container(value: Any) -> bool:
+    return isinstance(value, list | dict | set) or (isinstance(value, tuple) and any(map(_has_container, value)))
+
+
 def _as_a_call(
     part: nn.Module, path: str, args: Any, kwargs: Any, found: Trace, recorder: Recorder, reason: str
 ) -> Value:
-    if any(isinstance(one, list | dict | set) for one in (*args, *kwargs.values())):
+    if any(map(_has_container, (*args, *kwargs.values()))):
         raise Untraceable(f"its forward gives {path} a list or a dict, which that may change")
     found.called[path] = reason
     y = recorder.create_proxy("call_module", path, args, kwargs)

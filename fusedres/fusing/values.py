@@ -34,11 +34,25 @@ def contents(value: Any) -> tuple[Any, ...] | None:
     if type(value) not in (list, dict, set):
         return None
     held = (*value, *value.values()) if type(value) is dict else tuple(value)
-    return (type(value), held, tuple(map(type, held))) if all(map(is_constant, held)) else None
+    return (type(value), *map(typed, held)) if all(map(is_constant, held)) else None
+
+
+def typed(value: Any) -> tuple[Any, ...]:
+    """A constant with its type, and those in a tuple, since True equals 1."""
+    return (tuple, *map(typed, value)) if type(value) is tuple else (type(value), value)
+
+
+def of_class(module: Any) -> dict[str, Any]:
+    """The attributes that a module has of its author's classes: what is neither a method nor a descriptor."""
+    classes = [
+        cls for cls in reversed(type(module).__mro__) if cls.__module__.partition(".")[0] not in ("torch", "builtins")
+    ]
+    own = {name: value for cls in classes for name, value in vars(cls).items() if not name.startswith("__")}
+    return {name: value for name, value in own.items() if not (callable(value) or hasattr(value, "__get__"))}
 
 
 def kind(value: Any) -> Any:
     """What a forward may decide by: of what cannot change all of it, of tensors and objects that they are there."""
     if isinstance(value, Tensor):
         return Tensor
-    return (type(value), value) if is_constant(value) else type(value)
+    return typed(value) if is_constant(value) else type(value)

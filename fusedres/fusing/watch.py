@@ -10,9 +10,11 @@ from torch.nn.modules import module as torch_module
 
 from .layers import upwards
 from .linears import HOOKS, is_ours
-from .values import EVERY_MODULES, SCALARS, contents
+from .values import EVERY_MODULES, SCALARS, contents, of_class
 
 _OPTIONLESS = (nn.Linear, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
+_OWN_ALONE = (nn.Linear, nn.ModuleList, nn.ModuleDict)  # whose forward, or none, reads no parameters but those
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # which code may read, and not call
 _ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid)  # which compute by their options alone
 _ANY_HOOKS = [
     getattr(torch_module, f"_global{name}", {}) for name in (*HOOKS, "_forward_hooks_always_called")
@@ -35,6 +37,7 @@ class Watch:
     """
 
     facts: Callable[[], tuple[Any, ...]]
+    held: Callable[[], tuple[Any, ...]]  # the objects by whose identity facts tell: to be kept, lest others get theirs
 
     def __init__(self, module: nn.Module, inlined: dict[str, nn.Module], names: set[str]) -> None:
         self.module, self.inlined, self.names = module, inlined, names
@@ -47,16 +50,17 @@ class Watch:
         hooked: list[_Part] = [(f"{{}}[{name!r}]", (own,)) for own, name in self.hooks]
         self._is_busy = _expression(" or ".join, [*(("{}", (hooks,)) for hooks in _ANY_HOOKS), *hooked, *replaced])
         self._is_replaced = _expression(" or ".join, replaced or [("False", ())])
-        self.facts = _expression(_as_tuple, self._parts())
+        parts = list(self._parts())
+        self.facts = _expression(_as_tuple, parts)
+        self.held = _expression(_as_tuple, [(_without_ids(text), own) for text, own in parts])
 
     def _parts(self) -> Iterable[_Part]:
         above = {path for one in self.inlined for path in ("", *upwards(one))}
-        for path in sorted(above):
-            part = self.module.get_submodule(path)
-            if part._modules:
+        for path, part in self.module.named_modules():
+            if isinstance(part, _CONTAINERS) or (path in above and part._modules):
                 yield "tuple(map(id, {}['_modules'].values()))", (vars(part),)
         for path, part in self.module.named_modules():
-            yield from _of_parameters(part, self.names, path in self.inlined)
+            yield from _of_parameters(part, self.names, path in self.inlined or isinstance(part, _CONTAINERS))
             yield from _of_attributes(part, self.names, path in self.inlined)
 
     def is_left_alone(self) -> bool:
@@ -74,8 +78,8 @@ def _of_parameters(part: nn.Module, names: set[str], is_inlined: bool) -> Iterab
     for kind in ("_parameters", "_buffers"):
         for name in own[kind]:
             for fact in asked if is_inlined or name in names else ():
-                yield f"getattr({{}}[{kind!r}].get({name!r}), {fact!r}, None)", (own,)
-        if is_inlined and own[kind] and type(part) is not nn.Linear:
+                yield f"getattr({{}}[{kind!r}].get({_quoted(name)}), {fact!r}, None)", (own,)
+        if is_inlined and type(part) not in _OWN_ALONE and (own[kind] or isinstance(part, _CONTAINERS)):
             yield f"len({{}}[{kind!r}])", (own,)
 
 
@@ -89,14 +93,21 @@ def _of_attributes(part: nn.Module, names: set[str], is_inlined: bool) -> Iterab
     for name, value in own.items():
         is_option = is_inlined and not is_plain and not (is_activation and name == "training")
         if name not in EVERY_MODULES and name != PLANS and (name in names or is_option):
-            text = f"{{}}.get({name!r}, {{}})"
+            text = f"{{}}.get({_quoted(name)}, {{}})"
             is_compared = type(value) in SCALARS or contents(value) is not None
             yield text if type(value) is str else f"_known({text})" if is_compared else f"id({text})", (own, _NOTHING)
-    if is_inlined and not is_plain and not type(part).__module__.startswith("torch."):
-        for name in sorted(names - own.keys()):
-            value = getattr(type(part), name, _NOTHING)
-            if type(value) in SCALARS:
-                yield f"_known(getattr({{}}, {name!r}, None))", (type(part),)
+    for name, value in of_class(part).items() if names else ():
+        if name in names and name not in own and (type(value) in SCALARS or contents(value) is not None):
+            yield f"_known(getattr({{}}, {name!r}, None))", (type(part),)
+
+
+def _quoted(name: str) -> str:
+    """A name as a part of an expression's text, in which braces stand for values."""
+    return repr(name).replace("{", "{{").replace("}", "}}")
+
+
+def _without_ids(text: str) -> str:
+    return text.replace("tuple(map(id, ", "tuple((").replace("id(", "(").replace("_known(", "(")
 
 
 def _known(value: Any) -> Any:
