@@ -113,6 +113,42 @@ def in_a_row():
     return Written(lambda m, x: m.net(x + m.net(x)))
 
 
+class Transposed(nn.Module):
+    """The Conv1D of transformers: a linear layer of weight [K, N], by rows that it flattens."""
+
+    def __init__(self, K, N):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(K, N)), nn.Parameter(torch.randn(N))
+
+    def forward(self, x):
+        sizes = (*x.size()[:-1], self.weight.shape[1])
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(sizes)
+
+
+class OfTransposed(nn.Module):
+    def __init__(self, end):
+        super().__init__()
+        self.c_fc, self.c_proj, self.end = Transposed(D, 12), Transposed(12, D), end
+
+    def forward(self, x):
+        return self.end(x, self.c_proj(torch.tanh(self.c_fc(x))))
+
+
+@pytest.mark.slow
+def test_products_of_flattened_rows_are_linear_layers(launches):
+    model, eager = compiled(OfTransposed(lambda x, y: x + y))
+    agrees(model, eager, torch.randn(3, 5, D))
+    assert launches.count("forward") >= 2
+    assert model(torch.randn(4, 5, D)).shape == (4, 5, D)  # with a symbol for its rows
+
+
+def test_products_that_are_put_otherwise_are_left(graphs):
+    model, eager = compiled(OfTransposed(lambda x, y: x.transpose(0, 1) + y.view(5, 3, D)))
+    x = torch.randn(3, 5, D)
+    torch.testing.assert_close(model(x), eager(x))
+    assert calls_in(graphs[0]) == [1]  # c_fc with its activation
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("grad", [True, False], ids=["gradients", "no-gradients"])
 def test_layers_in_a_row_are_one_call_where_no_gradient_is_wanted(grad, graphs):

@@ -122,7 +122,37 @@ def _copied(module: GraphModule) -> torch.fx.Graph:
     output = graph.graph_copy(module.graph, {})
     graph.output(output)
     without_idle_dropout(graph)
+    _with_linears(graph)
     return graph
+
+
+def _with_linears(graph: torch.fx.Graph) -> None:
+    """Products of flattened rows, which the Conv1D of transformers writes, as the linear layers that they are."""
+    for product in list(graph.nodes):
+        if product.target is not torch.addmm or product.kwargs or len(product.users) != 1:
+            continue
+        bias, rows, weight = product.args
+        (y,) = product.users
+        if not (_is_view(rows) and _is_view(y) and _value(bias).shape == _value(weight).shape[-1:]):
+            continue
+        x = rows.args[0]
+        K, N = _value(weight).shape
+        given = (*_value(rows).shape[1:], *_value(x).shape[-1:], *_value(y).shape)
+        if not _agree(given, (K, K, *_value(x).shape[:-1], N)):
+            continue
+        with graph.inserting_before(y):
+            transposed = graph.call_method("t", (weight,))
+            transposed.meta["example_value"] = _value(weight).t()
+            linear = graph.call_function(torch.nn.functional.linear, (x, transposed, bias))
+        linear.meta.update(y.meta)
+        y.replace_all_uses_with(linear)
+        for node in (y, product):
+            graph.erase_node(node)
+
+
+def _is_view(node: Any) -> bool:
+    is_view = isinstance(node, Node) and node.op == "call_method" and node.target in ("view", "reshape")
+    return is_view and isinstance(_value(node), Tensor) and isinstance(_value(node.args[0]), Tensor)
 
 
 class Layer(NamedTuple):
@@ -226,8 +256,6 @@ def _one_row(value: Tensor | None) -> Tensor | None:
 
 def _is_of_rows(match: Match) -> bool:
     """Whether the residual has x's leading sizes, symbols or not, and y is what a layer returns."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     x, weight, end = _value(match.x), _value(match.weight), _value(match.end)
     skip = x if match.residual is None else _value(match.residual)
     if x.dim() == 0 or not all(one.dim() > 0 and _as_int(one.shape[-1]) for one in (x, skip)):
@@ -237,10 +265,14 @@ def _is_of_rows(match: Match) -> bool:
     pairs = [(end.shape, expected)]
     if match.residual is not None:
         pairs.append((skip.shape[:-1], x.shape[:-1]))
-    return all(
-        len(a) == len(b) and all(statically_known_true(one == other) for one, other in zip(a, b, strict=True))
-        for a, b in pairs
-    )
+    return all(_agree(a, b) for a, b in pairs)
+
+
+def _agree(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether sizes are the same, whatever the symbols among them become."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return len(a) == len(b) and all(statically_known_true(one == other) for one, other in zip(a, b, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ explain
