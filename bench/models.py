@@ -71,6 +71,12 @@ def policy() -> Model:
     return Model(ShapeGatedStack([64] * 17), torch.randn(1, 64), "1 row, 16 layers of width 64, x + gelu(z)")
 
 
+def single() -> Model:
+    return Model(
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU()), torch.randn(1, 64), "1 row, one layer of width 64, relu(z)"
+    )
+
+
 def convolutions() -> Model:
     layers = [part for _ in range(4) for part in (nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())]
     return Model(
@@ -79,7 +85,7 @@ def convolutions() -> Model:
 
 
 MODELS: dict[str, Callable[[], Model]] = {
-    one.__name__: one for one in (mixer, gpt2, vit, tabular, policy, convolutions)
+    one.__name__: one for one in (mixer, gpt2, vit, tabular, policy, single, convolutions)
 }
 
 

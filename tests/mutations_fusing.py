@@ -58,7 +58,7 @@ FUSING = {
     ),
     "fusing: other modes' forwards": (
         "plans.py",
-        "named, ambient_state()[:-1], watch.facts()",
+        "named, modes(), watch.facts()",
         "named, watch.facts()",
         "test_fuse_exact.py",
     ),
@@ -160,7 +160,7 @@ FUSING = {
     ),
     "fusing: compiled with what was recorded": (
         "swapping.py",
-        "if torch.compiler.is_compiling() or torch.jit.is_tracing():",
+        "if is_compiling() or is_tracing():",
         "if False:",
         "test_fuse_tools.py -k looks_at",
     ),

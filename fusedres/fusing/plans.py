@@ -15,7 +15,7 @@ from .chains import Chain
 from .layers import layers_of, owner, shapes_of, why_not
 from .networks import Layers, parts_of
 from .rewriting import options, rewrite
-from .stand_ins import ambient_state
+from .stand_ins import modes
 from .values import Untraceable, kind
 from .watch import Watch
 
@@ -202,4 +202,4 @@ class Plans:
     @staticmethod
     def _kind_of(watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         named = tuple([(name, kind(one)) for name, one in kwargs.items()]) if kwargs else ()
-        return tuple([kind(one) for one in args]), named, ambient_state()[:-1], watch.facts()
+        return tuple(map(kind, args)), named, modes(), watch.facts()

@@ -18,6 +18,7 @@ from .regions import is_elementwise
 from .scrutiny import Scrutiny
 from .values import Untraceable, is_constant
 
+_is_grad_enabled, _is_inference_mode_enabled = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _ATTRIBUTES = {"dtype", "device", "shape", "ndim", "T", "mT", "H", "is_cuda", "itemsize", "layout"}
 _TELLING = {"is_contiguous", "is_floating_point", "is_complex", "item", "tolist", "numpy", "is_leaf", "backward"}
 _SAME_SHAPE = {F.dropout, F.layer_norm}
@@ -204,14 +205,19 @@ def _named(module: nn.Module) -> tuple[dict[int, str], set[int]]:
     return names, shared
 
 
+def modes() -> tuple[Any, ...]:
+    """Those of gradients and autocast: a forward may decide by them."""
+    if not is_any_autocast_enabled():
+        return _is_grad_enabled(), _is_inference_mode_enabled()
+    devices = [one for one in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(one)]
+    autocast = tuple((one, torch.get_autocast_dtype(one)) for one in devices)
+    return _is_grad_enabled(), _is_inference_mode_enabled(), autocast
+
+
 def ambient_state() -> tuple[Any, ...]:
     """What blocks around an operation may change of it."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda *_: None)
-    autocast: tuple[Any, ...] = ()
-    if is_any_autocast_enabled():
-        devices = [one for one in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(one)]
-        autocast = tuple((one, torch.get_autocast_dtype(one)) for one in devices)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, top(False)
+    return *modes(), top(False)
 
 
 class OfParameters(TorchFunctionMode):

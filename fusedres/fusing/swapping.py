@@ -7,8 +7,9 @@ import functools
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.jit import is_tracing
 
 from .calls import NothingReturned
 from .plans import Plans
@@ -29,7 +30,7 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
         @functools.wraps(author)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or torch.jit.is_tracing():  # who sees the model as its author wrote it
+            if is_compiling() or is_tracing():  # who sees the model as its author wrote it
                 return author(self, *args, **kwargs)
             plans = vars(self).get(PLANS)
             if plans is None or cls.forward is not author:  # a new instance, or another forward since
@@ -38,9 +39,9 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
             standing = None if plan is None else plan.standing()
             if standing is None:
                 return author(self, *args, **kwargs)
-            given = [one for one in args if isinstance(one, Tensor) or not is_constant(one)]
+            given = [one for one in args if type(one) is Tensor or not is_constant(one)]
             if kwargs:
-                given += [one for one in kwargs.values() if isinstance(one, Tensor) or not is_constant(one)]
+                given += [one for one in kwargs.values() if type(one) is Tensor or not is_constant(one)]
             try:
                 return plan.run(None, *given, *standing)
             except NothingReturned:
