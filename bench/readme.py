@@ -216,7 +216,8 @@ def others() -> Line:
     return (
         "models of others with `fuse_`, forward and forward + backward, against eager (against `torch.compile`) on the "
         "same CPU: the Mixer of mlp-mixer-pytorch, GPT-2 and ViT of transformers, a tabular ResNet, 16 layers of width "
-        "64 for one row, one of them by itself; and the backend against `torch.compile`, one model without a match included",
+        "64 for one row, one of relu(z) by itself; and the backend against `torch.compile`, with one model that has no "
+        "layer of ours",
         f"{'; '.join(figures)} times as fast; the backend {backend} times",
         _by("python bench/models.py", "models-cpu.json"),
     )
