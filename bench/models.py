@@ -94,6 +94,7 @@ def result(y: Any) -> Tensor:
 
 
 def measure(name: str, device: str, budget_s: float) -> dict[str, Any]:
+    torch._dynamo.reset()  # it compiles one function, such as nn.Sequential's, for so many models alone
     torch.manual_seed(0)
     eager, x, shape = MODELS[name]()
     eager, x = eager.to(device), x.to(device)
