@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ def arguments_of(parts: Sequence[Part], tensors: Sequence[Any]) -> dict[str, Any
 def described(parts: Sequence[Part], tensors: Sequence[Any]) -> NetworkSpec:
     """The network of these layers. Raises what `Network` does."""
     given = arguments_of(parts, tensors)
-    own = [given[f"{name}"] for name in ("activation", "approximate", "order", "last_activation")]
+    own = [given[name] for name in ("activation", "approximate", "order", "last_activation")]
     spec, _ = network_checks.described(
         given["weights"], given["biases"], given["projection_weights"], given["projection_biases"], given["skip"],
         given["skip_scale"], given["branch_scale"], (*own, 0.0, "auto"),
@@ -118,7 +119,7 @@ class Layers:
                         return network(x)
                 return network(x)
             except (TypeError, ValueError, NotImplementedError):
-                pass  # one by one, the layer is told that does not fit
+                pass  # one by one, it is found which of them does not fit
             except RuntimeError:
                 if not x.is_nested and x.layout is torch.strided:
                     raise
@@ -132,8 +133,8 @@ class Layers:
         self._bound = None
         if not all(type(one) is Parameter and one.is_cpu for one in tensors):
             return (), None
-        try:
-            self._bound = tensors, Network(**arguments_of(self.parts, tensors))
-        except (TypeError, ValueError):
-            self._bound = tensors, None
-        return self._bound
+        network: Network | None = None
+        with suppress(TypeError, ValueError):  # told by the layer that does not fit, when it is called
+            network = Network(**arguments_of(self.parts, tensors))
+        self._bound = bound = (tensors, network)  # returned as it is: other threads bind, too
+        return bound
