@@ -13,12 +13,17 @@ FUSING = {
         "admits",
         "test_fuse_left.py -k shared",
     ),
-    "fusing: activations that only look alike": ("regions.py", "_SAME = 1e-12", "_SAME = 1e-2", "test_fuse.py -k gelu"),
+    "fusing: activations that only look alike": (
+        "regions.py",
+        "_SAME = 1e-12",
+        "_SAME = 1e-2",
+        "test_regions.py test_fuse.py",
+    ),
     "fusing: values that others read too": (
         "regions.py",
         "if not _is_left_by(node, z, values):",
         "if False:",
-        "test_fuse_left.py -k shared",
+        "test_regions.py",
     ),
     "fusing: sign of a difference": (
         "patterns.py",
