@@ -30,8 +30,8 @@ _FOREIGN = {  # autocast, in which the operator does not cast, and torch.func's 
     "_enter_autocast", "_exit_autocast", "_vmap_increment_nesting", "_grad_increment_nesting",
     "_jvp_increment_nesting", "_enter_dual_level",
 }  # fmt: skip
-# M N K on a CPU from which a call pays: an operator's call in a compiled function costs 20 µs, Inductor's next to
-# nothing. Of one layer, and of all layers of a network, which is one call where no gradient is wanted.
+# M N K on a CPU from which a call pays: an operator's call in a compiled function costs more than Inductor's. Of one
+# layer, and of all layers of a network, which is one call where no gradient is wanted.
 LEAST_WORK, LEAST_WORK_OF_NETWORK = 4_000_000, 500_000
 _LAYER, _NETWORK = torch.ops.fusedres.residual_linear.default, torch.ops.fusedres.residual_network.default
 

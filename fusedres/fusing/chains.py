@@ -65,5 +65,4 @@ def _is_one(chain: Chain, place: dict[Node, int]) -> bool:
         return False
     if not set(chain[-2].end.users) <= last.inside:
         return False
-    whole = frozenset[Node]().union(*(one.inside for one in chain))
-    return is_safe(replace(last, inside=whole), place)
+    return is_safe(replace(last, inside=last.inside | chain[-2].inside), place)  # with those before it was asked before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -258,8 +259,8 @@ def _is_fresh(node: Node, changed_by: Node) -> bool:
 def is_safe(match: Match, place: dict[Node, int]) -> bool:
     """Whether everything may be computed where y is: nothing on the way there changes what it reads."""
     first = min(place[node] for node in match.inside)
-    for node, i in place.items():
-        if not first < i < place[match.end] or node in match.inside:
+    for node in islice(place, first, place[match.end]):
+        if node in match.inside:
             continue
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         is_call = node.op == "call_module" and not node.meta.get("is_pure")  # of what may change anything

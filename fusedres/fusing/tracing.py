@@ -139,7 +139,7 @@ def _why_called(part: nn.Module) -> str | None:
 
 def _run_through(part: nn.Module, path: str, args: Any, kwargs: Any, found: Trace, recorder: Recorder) -> Any:
     """The child's own forward on the stand-ins; as a call, with nothing recorded of it, where that fails."""
-    *_, last = (None, *recorder.graph.nodes)
+    last = next(iter(reversed(recorder.graph.nodes)), None)
     inlined, called = dict(found.inlined), dict(found.called)
     found.inlined[path] = part
     recorder.path.append(path)
